@@ -239,3 +239,214 @@ def parts_of(layout: PackedLayout, options: AttentionOptions, device: torch.devi
         rows_Q, rows_K = torch.cat(query_rows).to(device), torch.cat(key_rows).to(device)
         parts.append(Part(rows_Q, rows_K, tuple(query_lengths), tuple(key_lengths), False))
     return parts
+
+
+class _Torch:
+    """The definition: each part attends densely, sequence by sequence; on a GPU by torch's varlen flash attention."""
+
+    name = "torch"
+
+    @staticmethod
+    def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+        return None
+
+    @staticmethod
+    def forward(
+        query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, layout: PackedLayout, options: AttentionOptions
+    ) -> tuple[Tensor, Tensor]:
+        T, H, _ = query_THE.shape
+        attend = _flash if _flash_takes(query_THE, options) else _dense
+        out_THE, lse_HT = None, None
+        for part in parts_of(layout, options, query_THE.device):
+            rows = part.query_rows
+            part_THE, part_HT = attend(query_THE[rows], key_TKE[part.key_rows], value_TKE[part.key_rows], part, options)
+            if out_THE is None or lse_HT is None:
+                out_THE, lse_HT = part_THE, part_HT
+                continue
+            # softmax over the union of two key sets: each part weighs by its share of the summed exponentials
+            before_HT = lse_HT[:, rows]
+            merged_HT = torch.logaddexp(before_HT, part_HT)
+            keep_T, take_T = ((lse - merged_HT).exp().T[:, :, None] for lse in (before_HT, part_HT))
+            out_THE[rows] = (out_THE[rows] * keep_T + part_THE * take_T).to(out_THE.dtype)
+            lse_HT[:, rows] = merged_HT
+        if out_THE is None or lse_HT is None:
+            return query_THE.new_zeros(query_THE.shape), query_THE.new_zeros((H, T), dtype=_compute(query_THE))
+        return out_THE, lse_HT
+
+    @staticmethod
+    def backward(
+        dout_THE: Tensor,
+        query_THE: Tensor,
+        key_TKE: Tensor,
+        value_TKE: Tensor,
+        out_THE: Tensor,
+        lse_HT: Tensor,
+        layout: PackedLayout,
+        options: AttentionOptions,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        attend = _flash_backward if _flash_takes(query_THE, options) else _dense_backward
+        compute = _compute(query_THE)
+        dquery_THE = torch.zeros_like(query_THE, dtype=compute)
+        dkey_TKE = torch.zeros_like(key_TKE, dtype=compute)
+        dvalue_TKE = torch.zeros_like(value_TKE, dtype=compute)
+        for part in parts_of(layout, options, query_THE.device):
+            queries, keys = part.query_rows, part.key_rows
+            dq_THE, dk_TKE, dv_TKE = attend(
+                dout_THE[queries], query_THE[queries], key_TKE[keys], value_TKE[keys], out_THE[queries],
+                lse_HT[:, queries], part, options,
+            )  # fmt: skip
+            for total, rows, gradient in (
+                (dquery_THE, queries, dq_THE),
+                (dkey_TKE, keys, dk_TKE),
+                (dvalue_TKE, keys, dv_TKE),
+            ):
+                if isinstance(rows, slice):
+                    total += gradient
+                else:
+                    total.index_add_(0, rows, gradient.to(compute))  # a gathered key row may come several times
+        return dquery_THE.to(query_THE.dtype), dkey_TKE.to(key_TKE.dtype), dvalue_TKE.to(value_TKE.dtype)
+
+
+def _compute(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _scores(
+    query_HQE: Tensor, key_HNE: Tensor, part: Part, options: AttentionOptions
+) -> tuple[Tensor, Tensor | float]:
+    """Scores of one sequence of a part, -inf where masked, and their derivative by the raw q . k."""
+    scores_HQN = query_HQE @ key_HNE.mT * options.scale
+    slope: Tensor | float = options.scale
+    if options.softcap:
+        tanh_HQN = torch.tanh(scores_HQN / options.softcap)
+        scores_HQN, slope = tanh_HQN * options.softcap, (1 - tanh_HQN.square()) * options.scale
+    if part.causal:
+        queries, keys = scores_HQN.shape[1:]
+        distance_QN = (
+            torch.arange(keys - queries, keys, device=query_HQE.device)[:, None]
+            - torch.arange(keys, device=query_HQE.device)[None, :]
+        )
+        masked_QN = distance_QN < 0
+        if part.window:
+            masked_QN = masked_QN | (distance_QN >= part.window)
+        scores_HQN = scores_HQN.masked_fill(masked_QN, -math.inf)
+    return scores_HQN, slope
+
+
+def _heads_first(x_NKE: Tensor, heads: int) -> Tensor:
+    """(N, K, E) -> (H, N, E) in the compute type, key heads repeated for the queries that share them."""
+    x_KNE = x_NKE.transpose(0, 1).to(_compute(x_NKE))
+    return x_KNE.repeat_interleave(heads // x_KNE.shape[0], 0)
+
+
+def _sequences(part: Part) -> Iterable[tuple[slice, slice]]:
+    query_start = key_start = 0
+    for queries, keys in zip(part.query_lengths, part.key_lengths):
+        yield slice(query_start, query_start + queries), slice(key_start, key_start + keys)
+        query_start, key_start = query_start + queries, key_start + keys
+
+
+def _dense(
+    query_THE: Tensor, key_NKE: Tensor, value_NKE: Tensor, part: Part, options: AttentionOptions
+) -> tuple[Tensor, Tensor]:
+    H = query_THE.shape[1]
+    outs, lses = [], []
+    for queries, keys in _sequences(part):
+        scores_HQN, _ = _scores(_heads_first(query_THE[queries], H), _heads_first(key_NKE[keys], H), part, options)
+        lse_HQ = scores_HQN.logsumexp(-1)
+        outs.append(((scores_HQN - lse_HQ[:, :, None]).exp() @ _heads_first(value_NKE[keys], H)).transpose(0, 1))
+        lses.append(lse_HQ)
+    if not outs:
+        return query_THE.clone(), query_THE.new_zeros((H, 0), dtype=_compute(query_THE))
+    return torch.cat(outs).to(query_THE.dtype), torch.cat(lses, 1)
+
+
+def _dense_backward(
+    dout_THE: Tensor,
+    query_THE: Tensor,
+    key_NKE: Tensor,
+    value_NKE: Tensor,
+    out_THE: Tensor,
+    lse_HT: Tensor,
+    part: Part,
+    options: AttentionOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    H, K = query_THE.shape[1], key_NKE.shape[1]
+    compute = _compute(query_THE)
+    dquery_THE = torch.zeros_like(query_THE, dtype=compute)
+    dkey_NKE, dvalue_NKE = (torch.zeros_like(x, dtype=compute) for x in (key_NKE, value_NKE))
+    for queries, keys in _sequences(part):
+        query_HQE, key_HNE = _heads_first(query_THE[queries], H), _heads_first(key_NKE[keys], H)
+        dout_HQE, out_HQE = _heads_first(dout_THE[queries], H), _heads_first(out_THE[queries], H)
+        scores_HQN, slope = _scores(query_HQE, key_HNE, part, options)
+        p_HQN = (scores_HQN - lse_HT[:, queries, None]).exp()
+        dp_HQN = dout_HQE @ _heads_first(value_NKE[keys], H).mT
+        ds_HQN = p_HQN * (dp_HQN - (dout_HQE * out_HQE).sum(-1, keepdim=True)) * slope
+        dquery_THE[queries] = (ds_HQN @ key_HNE).transpose(0, 1)
+        for total_NKE, gradient_HNE in ((dkey_NKE, ds_HQN.mT @ query_HQE), (dvalue_NKE, p_HQN.mT @ dout_HQE)):
+            total_NKE[keys] = gradient_HNE.unflatten(0, (K, H // K)).sum(1).transpose(0, 1)
+    return dquery_THE, dkey_NKE, dvalue_NKE
+
+
+def _flash_takes(query_THE: Tensor, options: AttentionOptions) -> bool:
+    """Flash attention: 16-bit tensors on a GPU, heads up to 256 wide; torch's build of it has no softcap."""
+    sixteen_bit = query_THE.dtype in (torch.bfloat16, torch.float16)
+    return query_THE.device.type == "cuda" and sixteen_bit and query_THE.shape[2] <= 256 and not options.softcap
+
+
+def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
+
+
+def _flash(
+    query_THE: Tensor, key_NKE: Tensor, value_NKE: Tensor, part: Part, options: AttentionOptions
+) -> tuple[Tensor, Tensor]:
+    out_THE, lse_HT, *_ = torch.ops.aten._flash_attention_forward(
+        query_THE, *_repeated(query_THE, key_NKE, value_NKE),
+        _cumulative(part.query_lengths, query_THE.device), _cumulative(part.key_lengths, query_THE.device),
+        max(part.query_lengths, default=0), max(part.key_lengths, default=0),
+        0.0, part.causal, False, scale=options.scale, **_flash_window(part),
+    )  # fmt: skip
+    return out_THE, lse_HT
+
+
+def _flash_backward(
+    dout_THE: Tensor,
+    query_THE: Tensor,
+    key_NKE: Tensor,
+    value_NKE: Tensor,
+    out_THE: Tensor,
+    lse_HT: Tensor,
+    part: Part,
+    options: AttentionOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=query_THE.device)
+    dquery_THE, *dkey_value = torch.ops.aten._flash_attention_backward(
+        dout_THE.contiguous(), query_THE, *_repeated(query_THE, key_NKE, value_NKE), out_THE, lse_HT.contiguous(),
+        _cumulative(part.query_lengths, query_THE.device), _cumulative(part.key_lengths, query_THE.device),
+        max(part.query_lengths, default=0), max(part.key_lengths, default=0),
+        0.0, part.causal, no_dropout, no_dropout.new_empty(0), scale=options.scale, **_flash_window(part),
+    )  # fmt: skip
+    K = key_NKE.shape[1]
+    dkey_NKE, dvalue_NKE = (x.unflatten(1, (K, -1)).sum(2) if x.shape[1] != K else x for x in dkey_value)
+    return dquery_THE, dkey_NKE, dvalue_NKE
+
+
+def _repeated(query_THE: Tensor, key_NKE: Tensor, value_NKE: Tensor) -> tuple[Tensor, Tensor]:
+    """Key heads repeated for the queries that share them: the aten op of torch 2.11 lacks grouped queries."""
+    times = query_THE.shape[1] // key_NKE.shape[1]
+    return key_NKE.repeat_interleave(times, 1), value_NKE.repeat_interleave(times, 1)
+
+
+def _flash_window(part: Part) -> dict[str, int]:
+    return {"window_size_left": part.window - 1, "window_size_right": 0} if part.window else {}
+
+
+class _Native:
+    """csrc/cpu/packed_attention.cpp and csrc/cuda/packed_attention.cu."""
+
+    name = "native"
+    refusal = staticmethod(native_refusal)
+
+
+register("packed_attention", _Torch)

@@ -1,0 +1,133 @@
+"""The LM head as GEMMs over chunks of rows: a tile of logits forward, its gradient multiplied back.
+
+Shared by the ops that fuse a head. The tile is the only thing of width V, and it outlives no chunk.
+
+Letters: T tokens, N rows of a chunk, D width of the hidden state, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Rows of a chunk. On a GPU 4096 rows keep the GEMMs near their peak; on a CPU the tile stays within 128 MiB, and
+# the pass over the weight's gradient (12 bytes an entry each chunk) within a few percent of the GEMM.
+_GPU_ROWS = 4096
+_CPU_TILE_BYTES = 128 << 20
+_MIN_ROWS = 128
+
+
+def chunk_rows_for(hidden_TD: Tensor, vocabulary: int) -> int:
+    """How many rows of logits to hold at once."""
+    if hidden_TD.device.type != "cpu":
+        return _GPU_ROWS
+    return max(_MIN_ROWS, _CPU_TILE_BYTES // (tile_dtype(hidden_TD).itemsize * vocabulary))
+
+
+def tile_dtype(hidden_TD: Tensor) -> torch.dtype:
+    """Type of the logits tile: the input's on a GPU; at least float32 on a CPU, whose 16-bit GEMMs are 6 to 16
+    times slower than float32 ones."""
+    if hidden_TD.device.type == "cpu" and hidden_TD.dtype != torch.float64:
+        return torch.float32
+    return hidden_TD.dtype
+
+
+def check_head(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, bias_V: Tensor | None) -> None:
+    """Refuse shapes, types and devices that do not fit together.
+
+    Raises:
+        ValueError: says what came and what was expected.
+    """
+    if hidden_TD.ndim != 2 or weight_VD.ndim != 2 or hidden_TD.shape[1] != weight_VD.shape[1]:
+        raise ValueError(
+            f"expected hidden (T, D) and weight (V, D), got {tuple(hidden_TD.shape)} and {tuple(weight_VD.shape)}"
+        )
+    if targets_T.shape != hidden_TD.shape[:1] or targets_T.dtype != torch.int64:
+        raise ValueError(
+            f"expected int64 targets of shape ({hidden_TD.shape[0]},), got {targets_T.dtype} {tuple(targets_T.shape)}"
+        )
+    if bias_V is not None and bias_V.shape != weight_VD.shape[:1]:
+        raise ValueError(f"expected a bias of shape ({weight_VD.shape[0]},), got {tuple(bias_V.shape)}")
+    for name, other in (("weight", weight_VD), ("bias", bias_V)):
+        if other is not None and other.dtype != hidden_TD.dtype:
+            raise ValueError(f"hidden is {hidden_TD.dtype} and {name} {other.dtype}; cast one of them")
+    if not hidden_TD.device == weight_VD.device == targets_T.device:
+        raise ValueError(
+            f"hidden is on {hidden_TD.device}, weight on {weight_VD.device}, targets on {targets_T.device}"
+        )
+
+
+def autocast_head(
+    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The inputs in autocast's type where autocast is on: the weight is cast once, not once a chunk."""
+    device = hidden_TD.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden_TD, weight_VD, bias_V
+    dtype = torch.get_autocast_dtype(device)
+    return hidden_TD.to(dtype), weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+
+
+class Head:
+    """The three GEMMs of a chunk, with the gradients they add up to.
+
+    Gradients are held in float32 where the inputs are 16 bit on a CPU or float16, and the weight's always, since
+    a 16-bit sum over chunks biases training. `undo` divides float16's loss scale out again, exactly: it is a power of two.
+    """
+
+    def __init__(
+        self, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, needs: tuple[bool, bool, bool]
+    ) -> None:
+        self.hidden_TD, self.compute = hidden_TD, tile_dtype(hidden_TD)
+        self.weight_VD = weight_VD.to(self.compute)  # a copy for 16-bit weights on a CPU alone, made once
+        self.bias_V = None if bias_V is None else bias_V.to(self.compute)
+        exact = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
+        keep = hidden_TD.dtype if hidden_TD.dtype == torch.bfloat16 and hidden_TD.device.type != "cpu" else exact
+        self.dhidden_TD = torch.zeros_like(hidden_TD, dtype=keep) if needs[0] else None
+        self.dweight_VD = torch.empty_like(weight_VD, dtype=exact) if needs[1] else None
+        self.dbias_V = torch.zeros_like(bias_V, dtype=exact) if bias_V is not None and needs[2] else None
+        self._touched = False
+        # Large enough to lift gradients of a mean over T tokens out of float16's subnormal range
+        self.loss_scale = 2.0 ** max(hidden_TD.shape[0], 1).bit_length() if self.compute == torch.float16 else 1.0
+
+    def project(self, rows: slice | Tensor, out_NV: Tensor) -> None:
+        """Logits of some rows, before scale, cap and temperature."""
+        hidden_ND = self.hidden_TD[rows].to(self.compute)
+        if self.bias_V is None:
+            torch.mm(hidden_ND, self.weight_VD.T, out=out_NV)
+        else:
+            torch.addmm(self.bias_V, hidden_ND, self.weight_VD.T, out=out_NV)
+
+    def multiply_back(self, dtile_NV: Tensor, rows: slice | Tensor) -> None:
+        """Add what a tile of gradients means for the hidden states, the weight and the bias."""
+        undo = 1.0 / self.loss_scale
+        if self.dhidden_TD is not None:
+            dhidden_ND = _mm(dtile_NV, self.weight_VD, self.dhidden_TD.dtype)
+            if undo != 1.0:
+                dhidden_ND *= undo
+            self.dhidden_TD[rows] = dhidden_ND
+        if self.dweight_VD is not None:
+            hidden_ND = self.hidden_TD[rows].to(self.compute)
+            _add_mm(self.dweight_VD, dtile_NV.T, hidden_ND, alpha=undo, beta=1.0 if self._touched else 0.0)
+            self._touched = True
+        if self.dbias_V is not None:
+            self.dbias_V.add_(dtile_NV.sum(0, dtype=self.dbias_V.dtype), alpha=undo)
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of hidden states, weight and bias so far, in the types they were summed in."""
+        if self.dweight_VD is not None and not self._touched:
+            self.dweight_VD.zero_()
+        return self.dhidden_TD, self.dweight_VD, self.dbias_V
+
+
+def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.mm(a, b) if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype)
+
+
+def _add_mm(total: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float) -> None:
+    if beta == 0.0 and a.shape[1] == 0:
+        total.zero_()
+    elif a.dtype == total.dtype:
+        torch.addmm(total, a, b, alpha=alpha, beta=beta, out=total)
+    else:
+        torch.addmm(total, a, b, torch.float32, alpha=alpha, beta=beta, out=total)

@@ -1,0 +1,332 @@
+"""Any loss on log-probs, fused with the LM head: the logits are never stored and never computed twice.
+
+Per chunk of rows: logits by GEMM into a tile, one pass for the row statistics, then `loss_fn` on those small
+vectors. Its gradient says what dlogits is; the tile is overwritten with it and multiplied back at once:
+
+    tile = h W^T        stats = rows(tile)        dstats = d loss_fn / d stats
+    tile <- d tile by dstats       dh = tile W       dW += tile^T h
+
+Three GEMMs of 2 T D V FLOPs each, where forming log-probs first and their gradient later takes four. Rows whose
+gradient is zero are dropped before the last two. A group of rows that the loss couples and that fits no tile takes
+two passes: statistics of all its rows, then each piece again with its gradient.
+
+Letters: T tokens, N rows of a chunk, D width, V vocabulary, K the statistics of a row.
+Not done here: a second derivative; gradients to tensors that `loss_fn` captured (refused).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from alignfast.kernels._backend import resolve
+from alignfast.kernels._head import Head, autocast_head, check_head, chunk_rows_for
+from alignfast.kernels._targets import check_targets
+from alignfast.kernels._workspace import workspace
+from alignfast.kernels.token_logps import IS_TOP1, STATS, RowOptions, refuse_double_backward, row_options
+
+Metrics = dict[str, Tensor]
+LossFn = Callable[[Any, slice], tuple[Tensor, Metrics]]
+
+
+def linear_loss(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    loss_fn: LossFn,
+    *,
+    stats: Sequence[str] = ("logps",),
+    group_sizes: Sequence[int] | None = None,
+    bias_V: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    chunk_rows: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Metrics]:
+    """A loss on the log-probs of `targets_T` under logits cap(scale * (h W + b)) / temperature.
+
+    Args:
+        hidden_TD: hidden states, one row a token.
+        weight_VD: the head; no gradient is computed where it needs none.
+        targets_T: int64 class of each row, or `ignore_index`.
+        loss_fn: `loss_fn(stats, rows) -> (loss, metrics)`. `stats` is a named tuple of the fields asked for, float32,
+            one entry a row; `rows` the slice of rows it stands for. The loss is a 0-d tensor, additive over chunks,
+            so its normaliser must be known before. `metrics` holds 0-d tensors; they are summed over chunks, or
+            combined by max or min where the name starts so. Statistics of ignored rows are 0.
+        stats: any of logps, lse, entropy, mean_logit, is_top1, sum_sq_probs; all differentiable but is_top1.
+        group_sizes: host integers that sum to T: consecutive rows that the loss couples and that must reach it in
+            one call (the two answers of a pair, say). None: every row for itself.
+        bias_V: bias of the head.
+        scale: factor on the raw logits.
+        softcap: cap of the scaled logits, None for none.
+        temperature: divisor after the cap, > 0.
+        ignore_index: rows with this target count for nothing.
+        chunk_rows: rows of logits held at once; None chooses by device and V.
+        backend: implementation of the row pass: `auto`, `torch`, `native` or `triton`.
+
+    Returns:
+        (loss, metrics): a float32 scalar that backpropagates to hidden states, weight and bias; detached metrics.
+
+    Raises:
+        ValueError: shapes, types or options do not fit, or a CPU target lies outside the vocabulary.
+        RuntimeError: `loss_fn` captured a tensor that wants a gradient; the named backend can't run; the result is
+            differentiated twice.
+
+    >>> hidden_TD, weight_VD = torch.ones(3, 2, requires_grad=True), torch.zeros(4, 2)
+    >>> loss, _ = linear_loss(hidden_TD, weight_VD, torch.tensor([0, 1, 3]), lambda s, rows: (-s.logps.sum() / 3, {}))
+    >>> round(loss.item(), 4)
+    1.3863
+    """
+    hidden_TD, weight_VD, bias_V = autocast_head(hidden_TD, weight_VD, bias_V)
+    check_head(hidden_TD, weight_VD, targets_T, bias_V)
+    options = row_options(scale, softcap, temperature, ignore_index, tuple(stats))
+    implementation = resolve("token_logps", hidden_TD.device, hidden_TD.dtype, backend)
+    check_targets(targets_T, weight_VD.shape[0], ignore_index)
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be >= 1, got {chunk_rows}")
+    units = plan(len(targets_T), group_sizes, chunk_rows or chunk_rows_for(hidden_TD, weight_VD.shape[0]))
+    wants = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden_TD, weight_VD, bias_V)]
+    with torch.no_grad():
+        head = Head(hidden_TD, weight_VD, bias_V, tuple(wants))  # type: ignore[arg-type]
+        walk = _Walk(head, targets_T, loss_fn, tuple(stats), options, implementation, any(wants))
+        loss, metrics = walk.run(units)
+    if any(wants):
+        loss = _WithGradients.apply(loss, hidden_TD, weight_VD, bias_V, *head.gradients())
+    return loss, metrics
+
+
+def plan(num_rows: int, group_sizes: Sequence[int] | None, chunk_rows: int) -> list[list[slice]]:
+    """Runs of rows that reach `loss_fn` together, each as the pieces that fit a tile: one, but for large groups.
+
+    Raises:
+        ValueError: the group sizes are not positive or do not sum to the number of rows.
+
+    >>> plan(5, None, 2)
+    [[slice(0, 2, None)], [slice(2, 4, None)], [slice(4, 5, None)]]
+    >>> plan(7, [1, 1, 5], 3)
+    [[slice(0, 2, None)], [slice(2, 5, None), slice(5, 7, None)]]
+    """
+    if group_sizes is None:
+        starts = range(0, max(num_rows, 1), chunk_rows)  # no rows: one empty call, so that the metrics have names
+        return [[slice(start, min(start + chunk_rows, num_rows))] for start in starts]
+    if sum(group_sizes) != num_rows or any(size < 0 for size in group_sizes):
+        raise ValueError(f"group_sizes must be >= 0 and sum to the {num_rows} rows, got {list(group_sizes)}")
+    units, start, stop = [], 0, 0
+    for size in group_sizes:
+        if stop > start and stop + size - start > chunk_rows:
+            units.append(_pieces(start, stop, chunk_rows))
+            start = stop
+        stop += size
+    units.append(_pieces(start, stop, chunk_rows))
+    return units
+
+
+def _pieces(start: int, stop: int, chunk_rows: int) -> list[slice]:
+    return [slice(at, min(at + chunk_rows, stop)) for at in range(start, max(stop, start + 1), chunk_rows)]
+
+
+@lru_cache
+def _stats_type(fields: tuple[str, ...]) -> Any:
+    return NamedTuple("Stats", [(field, Tensor) for field in fields])  # type: ignore[misc]
+
+
+class _Pending(NamedTuple):
+    """A tile whose statistics went through the loss, and that has yet to be multiplied back."""
+
+    rows: slice
+    tile_NV: Tensor
+    stats_KN: Tensor
+    dstats_KN: Tensor
+    active: _Active
+
+
+class _Active:
+    """Which rows of a chunk have a gradient at all. On a GPU the count crosses to the host behind later work."""
+
+    def __init__(self, dstats_KN: Tensor) -> None:
+        self._all = len(dstats_KN[0])
+        if torch.compiler.is_compiling():
+            self._index_N = None  # a count that depends on data would break the graph: take every row
+            return
+        self._event = None
+        differentiable_KN = dstats_KN[[k for k in range(len(STATS)) if k != IS_TOP1]]
+        active_N = (differentiable_KN != 0).any(0)
+        if active_N.device.type == "cpu":
+            self._index_N = active_N.nonzero()[:, 0]
+            self._count = torch.tensor(len(self._index_N))
+        else:
+            self._index_N = (~active_N).to(torch.uint8).argsort(stable=True)  # the active ones first, in order
+            self._count = torch.empty((), dtype=torch.int64, pin_memory=True)
+            self._count.copy_(active_N.sum(), non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def rows(self) -> Tensor | None:
+        """Index of the active rows within the chunk; None where that is all of them."""
+        if self._index_N is None:
+            return None
+        if self._event is not None:
+            self._event.synchronize()
+        count = int(self._count)
+        return None if count == self._all else self._index_N[:count]
+
+
+class _Walk:
+    """One pass over all chunks: what `linear_loss` carries from one to the next."""
+
+    def __init__(
+        self,
+        head: Head,
+        targets_T: Tensor,
+        loss_fn: LossFn,
+        fields: tuple[str, ...],
+        options: RowOptions,
+        implementation: Any,
+        differentiate: bool,
+    ) -> None:
+        self.head, self.targets_T, self.loss_fn, self.fields = head, targets_T, loss_fn, fields
+        self.options, self.implementation, self.differentiate = options, implementation, differentiate
+        self.loss: Tensor | None = None
+        self.metrics: Metrics = {}
+
+    def run(self, units: list[list[slice]]) -> tuple[Tensor, Metrics]:
+        """Loss and metrics of all rows; gradients gather in the head."""
+        device, vocabulary = self.targets_T.device, self.head.weight_VD.shape[0]
+        longest = max(piece.stop - piece.start for unit in units for piece in unit)
+        # On a GPU a chunk is multiplied back while the next one's statistics run, so that the host never waits
+        # for its count of active rows; that takes a second tile.
+        num_tiles = 2 if device.type == "cuda" and self.differentiate else 1
+        pending: deque[_Pending] = deque()
+        with ExitStack() as stack:
+            tiles = [
+                stack.enter_context(workspace((longest, vocabulary), self.head.compute, device))
+                for _ in range(num_tiles)
+            ]
+            for number, unit in enumerate(units):
+                tile_NV = tiles[number % num_tiles]
+                if len(unit) > 1:
+                    while pending:
+                        self._multiply_back(pending.popleft())
+                    self._two_passes(unit, tile_NV)
+                    continue
+                rows = unit[0]
+                tile_NV = tile_NV[: rows.stop - rows.start]
+                stats_KN = self._statistics(rows, tile_NV)
+                dstats_KN = self._apply_loss(stats_KN, rows)
+                if self.differentiate:
+                    pending.append(_Pending(rows, tile_NV, stats_KN, dstats_KN, _Active(dstats_KN)))
+                    if len(pending) == num_tiles:
+                        self._multiply_back(pending.popleft())
+            while pending:
+                self._multiply_back(pending.popleft())
+        assert self.loss is not None
+        return self.loss, self.metrics
+
+    def _statistics(self, rows: slice, tile_NV: Tensor) -> Tensor:
+        self.head.project(rows, tile_NV)
+        return self.implementation.forward(tile_NV, self.targets_T[rows], self.options)
+
+    def _apply_loss(self, stats_KN: Tensor, rows: slice) -> Tensor:
+        """Run `loss_fn`, add up its results, and return the gradient of the statistics."""
+        fields = _stats_type(self.fields)(*(stats_KN[STATS.index(field)] for field in self.fields))
+        if self.differentiate:
+            with torch.enable_grad():  # so that a captured tensor that wants a gradient shows in the loss
+                dfields, (loss, metrics) = torch.func.grad_and_value(self.loss_fn, has_aux=True)(fields, rows)
+            if loss.requires_grad:
+                raise RuntimeError(
+                    "loss_fn captured a tensor that requires a gradient and would silently get none; detach it, or "
+                    "make it a part of hidden states or weight"
+                )
+        else:
+            dfields, (loss, metrics) = (), self.loss_fn(fields, rows)
+        if loss.ndim:
+            raise ValueError(f"loss_fn must return a 0-d loss, summed over its rows; got shape {tuple(loss.shape)}")
+        self._add(loss.detach(), metrics)
+        dstats_KN = torch.zeros_like(stats_KN)
+        for field, gradient_N in zip(self.fields, dfields):
+            dstats_KN[STATS.index(field)] = gradient_N.detach()
+        return dstats_KN
+
+    def _add(self, loss: Tensor, metrics: Metrics) -> None:
+        self.loss = loss if self.loss is None else self.loss + loss
+        for name, value in metrics.items():
+            value = value.detach()
+            if name not in self.metrics:
+                self.metrics[name] = value
+            elif name.startswith("max"):
+                self.metrics[name] = torch.maximum(self.metrics[name], value)
+            elif name.startswith("min"):
+                self.metrics[name] = torch.minimum(self.metrics[name], value)
+            else:
+                self.metrics[name] = self.metrics[name] + value
+
+    def _multiply_back(self, chunk: _Pending) -> None:
+        """Overwrite the tile with its gradient, active rows alone, and hand it to the head's GEMMs."""
+        index_A = chunk.active.rows()
+        if index_A is None:
+            self._gradient(chunk.tile_NV, self.targets_T[chunk.rows], chunk.stats_KN, chunk.dstats_KN)
+            self.head.multiply_back(chunk.tile_NV, chunk.rows)
+        elif len(index_A):
+            rows_A = index_A + chunk.rows.start
+            with workspace((len(index_A), chunk.tile_NV.shape[1]), self.head.compute, index_A.device) as tile_AV:
+                torch.index_select(chunk.tile_NV, 0, index_A, out=tile_AV)
+                stats_KA, dstats_KA = chunk.stats_KN[:, index_A], chunk.dstats_KN[:, index_A]
+                self._gradient(tile_AV, self.targets_T[rows_A], stats_KA, dstats_KA)
+                self.head.multiply_back(tile_AV, rows_A)
+
+    def _gradient(self, tile_NV: Tensor, targets_N: Tensor, stats_KN: Tensor, dstats_KN: Tensor) -> None:
+        dstats_KN = dstats_KN * self.head.loss_scale
+        self.implementation.backward(tile_NV, targets_N, stats_KN, dstats_KN, self.options, tile_NV)
+
+    def _two_passes(self, pieces: list[slice], tile_NV: Tensor) -> None:
+        """A group too large for the tile: statistics of every piece, the loss, then each piece's active rows again."""
+        parts = [self._statistics(rows, tile_NV[: rows.stop - rows.start]) for rows in pieces]
+        group = slice(pieces[0].start, pieces[-1].stop)
+        stats_KN = torch.cat(parts, 1)
+        dstats_KN = self._apply_loss(stats_KN, group)
+        if not self.differentiate:
+            return
+        index_A = _Active(dstats_KN).rows()
+        if index_A is None:
+            index_A = torch.arange(group.stop - group.start, device=stats_KN.device)
+        for index_N in index_A.split(len(tile_NV)):
+            rows_N = index_N + group.start
+            self.head.project(rows_N, tile_NV[: len(rows_N)])
+            self._gradient(tile_NV[: len(rows_N)], self.targets_T[rows_N], stats_KN[:, index_N], dstats_KN[:, index_N])
+            self.head.multiply_back(tile_NV[: len(rows_N)], rows_N)
+
+
+class _WithGradients(torch.autograd.Function):
+    """A loss whose gradients are known already."""
+
+    @staticmethod
+    def forward(
+        loss: Tensor,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        dhidden_TD: Tensor | None,
+        dweight_VD: Tensor | None,
+        dbias_V: Tensor | None,
+    ) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.dtype = inputs[1].dtype
+        ctx.save_for_backward(*inputs[4:])
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("linear_loss")
+        # Out of place: the saved gradients must survive a second backward through a retained graph
+        gradients = (None if saved is None else (saved * dloss).to(ctx.dtype) for saved in ctx.saved_tensors)
+        return (None, *gradients, None, None, None)
