@@ -1,7 +1,7 @@
 """The ops: each one file, one contract, proven equal on every backend. Installed as `alignfast.kernels`."""
 
 from alignfast.kernels._backend import report
-from alignfast.kernels.linear_loss import linear_loss
+from alignfast.kernels.linear_loss import Stats, linear_loss
 from alignfast.kernels.linear_token_logps import linear_token_logps
 from alignfast.kernels.packed_attention import PackedLayout, packed_attention
 from alignfast.kernels.preference_loss import packed_preference_loss, preference_loss
@@ -9,6 +9,7 @@ from alignfast.kernels.token_logps import token_logps
 
 __all__ = [
     "PackedLayout",
+    "Stats",
     "linear_loss",
     "linear_token_logps",
     "packed_attention",

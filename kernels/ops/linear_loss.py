@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +31,20 @@ from alignfast.kernels._workspace import workspace
 from alignfast.kernels.token_logps import IS_TOP1, STATS, RowOptions, refuse_double_backward, row_options
 
 Metrics = dict[str, Tensor]
-LossFn = Callable[[Any, slice], tuple[Tensor, Metrics]]
+
+
+class Stats(NamedTuple):
+    """Statistics of a chunk's rows, those that were asked for; the others are None. Meanings in `token_logps`."""
+
+    logps: Tensor = None  # type: ignore[assignment]
+    lse: Tensor = None  # type: ignore[assignment]
+    entropy: Tensor = None  # type: ignore[assignment]
+    mean_logit: Tensor = None  # type: ignore[assignment]
+    is_top1: Tensor = None  # type: ignore[assignment]
+    sum_sq_probs: Tensor = None  # type: ignore[assignment]
+
+
+LossFn = Callable[[Stats, slice], tuple[Tensor, Metrics]]
 
 
 def linear_loss(
@@ -57,8 +69,8 @@ def linear_loss(
         hidden_TD: hidden states, one row a token.
         weight_VD: the head; no gradient is computed where it needs none.
         targets_T: int64 class of each row, or `ignore_index`.
-        loss_fn: `loss_fn(stats, rows) -> (loss, metrics)`. `stats` is a named tuple of the fields asked for, float32,
-            one entry a row; `rows` the slice of rows it stands for. The loss is a 0-d tensor, additive over chunks,
+        loss_fn: `loss_fn(stats, rows) -> (loss, metrics)`. `stats` is a `Stats` with the fields asked for, float32,
+            one entry a row; `rows` the slice of rows they stand for. The loss is a 0-d tensor, additive over chunks,
             so its normaliser must be known before. `metrics` holds 0-d tensors; they are summed over chunks, or
             combined by max or min where the name starts so. Statistics of ignored rows are 0.
         stats: any of logps, lse, entropy, mean_logit, is_top1, sum_sq_probs; all differentiable but is_top1.
@@ -93,7 +105,9 @@ def linear_loss(
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be >= 1, got {chunk_rows}")
     units = plan(len(targets_T), group_sizes, chunk_rows or chunk_rows_for(hidden_TD, weight_VD.shape[0]))
-    wants = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden_TD, weight_VD, bias_V)]
+    wants = [
+        x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden_TD, weight_VD, bias_V)
+    ]
     with torch.no_grad():
         head = Head(hidden_TD, weight_VD, bias_V, tuple(wants))  # type: ignore[arg-type]
         walk = _Walk(head, targets_T, loss_fn, tuple(stats), options, implementation, any(wants))
@@ -115,7 +129,9 @@ def plan(num_rows: int, group_sizes: Sequence[int] | None, chunk_rows: int) -> l
     [[slice(0, 2, None)], [slice(2, 5, None), slice(5, 7, None)]]
     """
     if group_sizes is None:
-        starts = range(0, max(num_rows, 1), chunk_rows)  # no rows: one empty call, so that the metrics have names
+        starts = range(
+            0, max(num_rows, 1), chunk_rows
+        )  # no rows: one empty call, so that the metrics have names
         return [[slice(start, min(start + chunk_rows, num_rows))] for start in starts]
     if sum(group_sizes) != num_rows or any(size < 0 for size in group_sizes):
         raise ValueError(f"group_sizes must be >= 0 and sum to the {num_rows} rows, got {list(group_sizes)}")
@@ -131,11 +147,6 @@ def plan(num_rows: int, group_sizes: Sequence[int] | None, chunk_rows: int) -> l
 
 def _pieces(start: int, stop: int, chunk_rows: int) -> list[slice]:
     return [slice(at, min(at + chunk_rows, stop)) for at in range(start, max(stop, start + 1), chunk_rows)]
-
-
-@lru_cache
-def _stats_type(fields: tuple[str, ...]) -> Any:
-    return NamedTuple("Stats", [(field, Tensor) for field in fields])  # type: ignore[misc]
 
 
 class _Pending(NamedTuple):
@@ -163,7 +174,9 @@ class _Active:
             self._index_N = active_N.nonzero()[:, 0]
             self._count = torch.tensor(len(self._index_N))
         else:
-            self._index_N = (~active_N).to(torch.uint8).argsort(stable=True)  # the active ones first, in order
+            self._index_N = (
+                (~active_N).to(torch.uint8).argsort(stable=True)
+            )  # the active ones first, in order
             self._count = torch.empty((), dtype=torch.int64, pin_memory=True)
             self._count.copy_(active_N.sum(), non_blocking=True)
             self._event = torch.cuda.Event()
@@ -236,22 +249,31 @@ class _Walk:
 
     def _apply_loss(self, stats_KN: Tensor, rows: slice) -> Tensor:
         """Run `loss_fn`, add up its results, and return the gradient of the statistics."""
-        fields = _stats_type(self.fields)(*(stats_KN[STATS.index(field)] for field in self.fields))
+
+        def on_values(*values: Tensor) -> tuple[Tensor, Metrics]:
+            return self.loss_fn(Stats(**dict(zip(self.fields, values))), rows)
+
+        values = tuple(stats_KN[STATS.index(field)] for field in self.fields)
         if self.differentiate:
             with torch.enable_grad():  # so that a captured tensor that wants a gradient shows in the loss
-                dfields, (loss, metrics) = torch.func.grad_and_value(self.loss_fn, has_aux=True)(fields, rows)
+                argnums = tuple(range(len(values)))
+                dvalues, (loss, metrics) = torch.func.grad_and_value(on_values, argnums, has_aux=True)(
+                    *values
+                )
             if loss.requires_grad:
                 raise RuntimeError(
                     "loss_fn captured a tensor that requires a gradient and would silently get none; detach it, or "
                     "make it a part of hidden states or weight"
                 )
         else:
-            dfields, (loss, metrics) = (), self.loss_fn(fields, rows)
+            dvalues, (loss, metrics) = (), on_values(*values)
         if loss.ndim:
-            raise ValueError(f"loss_fn must return a 0-d loss, summed over its rows; got shape {tuple(loss.shape)}")
+            raise ValueError(
+                f"loss_fn must return a 0-d loss, summed over its rows; got shape {tuple(loss.shape)}"
+            )
         self._add(loss.detach(), metrics)
         dstats_KN = torch.zeros_like(stats_KN)
-        for field, gradient_N in zip(self.fields, dfields):
+        for field, gradient_N in zip(self.fields, dvalues):
             dstats_KN[STATS.index(field)] = gradient_N.detach()
         return dstats_KN
 
@@ -276,7 +298,9 @@ class _Walk:
             self.head.multiply_back(chunk.tile_NV, chunk.rows)
         elif len(index_A):
             rows_A = index_A + chunk.rows.start
-            with workspace((len(index_A), chunk.tile_NV.shape[1]), self.head.compute, index_A.device) as tile_AV:
+            with workspace(
+                (len(index_A), chunk.tile_NV.shape[1]), self.head.compute, index_A.device
+            ) as tile_AV:
                 torch.index_select(chunk.tile_NV, 0, index_A, out=tile_AV)
                 stats_KA, dstats_KA = chunk.stats_KN[:, index_A], chunk.dstats_KN[:, index_A]
                 self._gradient(tile_AV, self.targets_T[rows_A], stats_KA, dstats_KA)
@@ -300,7 +324,9 @@ class _Walk:
         for index_N in index_A.split(len(tile_NV)):
             rows_N = index_N + group.start
             self.head.project(rows_N, tile_NV[: len(rows_N)])
-            self._gradient(tile_NV[: len(rows_N)], self.targets_T[rows_N], stats_KN[:, index_N], dstats_KN[:, index_N])
+            self._gradient(
+                tile_NV[: len(rows_N)], self.targets_T[rows_N], stats_KN[:, index_N], dstats_KN[:, index_N]
+            )
             self.head.multiply_back(tile_NV[: len(rows_N)], rows_N)
 
 
