@@ -1,0 +1,3 @@
+"""Fast, exact trainers and kernels for aligning language models."""
+
+__version__ = "0.1.0"

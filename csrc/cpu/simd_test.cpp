@@ -1,0 +1,31 @@
+// The functions of simd.h, made callable so that tests/test_build.py can hold them to float64.
+#include "simd.h"
+
+namespace alignfast::ALIGNFAST_ISA {
+
+// out[i] = e^x[i] (function 0) or tanh x[i] (function 1).
+static void simd_function(int64_t function, const float* x, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int n = count - i < kLanes ? int(count - i) : kLanes;
+    const F32 value = load_first(x + i, n, 0.0f);
+    store_first(out + i, function == 0 ? exp(value) : tanh(value), n);
+  }
+}
+
+// out = x, read as one type and written as another.
+static void simd_convert(int64_t from, const void* x, int64_t to, void* out, int64_t count) {
+  with_dtype(from, [&](auto* source) {
+    with_dtype(to, [&](auto* target) {
+      const auto* typed_x = static_cast<decltype(source)>(const_cast<void*>(x));
+      auto* typed_out = static_cast<decltype(target)>(out);
+      int64_t i = 0;
+      for (; i + kLanes <= count; i += kLanes) store(typed_out + i, load(typed_x + i));
+      store_first(typed_out + i, load_first(typed_x + i, int(count - i), 0.0f), int(count - i));
+    });
+  });
+}
+
+}  // namespace alignfast::ALIGNFAST_ISA
+
+ALIGNFAST_EXPORT(simd_function)
+ALIGNFAST_EXPORT(simd_convert)
