@@ -1,0 +1,22 @@
+"""From text to packed batches: formats, chat templates, tokenising, packing, and a check of the data. Knows no model."""
+
+from alignfast.data.formats import FORMATS, Rows, load_rows
+from alignfast.data.packing import LAYOUTS, Batch, Tree, cut, pack
+from alignfast.data.sources import DataError
+from alignfast.data.tokenize import Prepared, PrepareReport, prepare_preference, prepare_sft
+
+__all__ = [
+    "FORMATS",
+    "LAYOUTS",
+    "Batch",
+    "DataError",
+    "PrepareReport",
+    "Prepared",
+    "Rows",
+    "Tree",
+    "cut",
+    "load_rows",
+    "pack",
+    "prepare_preference",
+    "prepare_sft",
+]
