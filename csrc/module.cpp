@@ -28,7 +28,7 @@ bool add_export(Export* entry) {
 
 namespace {
 
-constexpr int kMaxArguments = 40;
+constexpr int kMaxArguments = 128;
 
 bool runs_here(const std::string& isa) {
 #if defined(__x86_64__)
