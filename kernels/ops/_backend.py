@@ -34,6 +34,19 @@ def register(op: str, *implementations: Any) -> None:
     _OPS[op] = {implementation.name: implementation for implementation in implementations}
 
 
+def named(backend: str) -> str:
+    """The backend asked for: the argument, or what ALIGNFAST_BACKEND puts in the place of `auto`.
+
+    Raises:
+        ValueError: the name is none of `BACKENDS`.
+    """
+    if backend == "auto":
+        backend = os.environ.get("ALIGNFAST_BACKEND", "auto")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
+    return backend
+
+
 def resolve(op: str, device: torch.device, dtype: torch.dtype, backend: str = "auto") -> Any:
     """The implementation of `op` for tensors of this device and dtype.
 
@@ -47,10 +60,7 @@ def resolve(op: str, device: torch.device, dtype: torch.dtype, backend: str = "a
         ValueError: the name is none of `BACKENDS`.
         RuntimeError: the named backend can't run this input; the message says why and what to do.
     """
-    if backend == "auto":
-        backend = os.environ.get("ALIGNFAST_BACKEND", "auto")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
+    backend = named(backend)
     known = _OPS[op]
     if backend != "auto":
         if backend not in known:

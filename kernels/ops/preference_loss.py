@@ -1,35 +1,29 @@
 """Losses on pairs of completions, one preferred to the other, from their summed log-probabilities.
 
-    l = log pi(y | x) - log pi_ref(y | x)      log-ratio of one completion (reference-free losses: log pi alone)
-    h = score(l)                               l itself under the reverse KL, else f'(pi / pi_ref) of the divergence
-    m = h_chosen - h_rejected                  margin; "mean" margins divide each h by its completion's length
-    sigmoid:  loss = -log sigmoid(beta m)      dloss/dl_chosen = -beta sigmoid(-beta m) = -dloss/dl_rejected
+    l = log pi(y | x) - log pi_ref(y | x)    log-ratio of a completion (reference-free losses: log pi alone)
+    sigmoid: loss = -log sigmoid(beta m)     m = l_chosen - l_rejected
+    dloss/dl_chosen = -beta sigmoid(-beta m) = -dloss/dl_rejected
 
-The other losses stand in `LOSSES`, each a function of a few lines with its paper. This is their only definition.
-All use `logsigmoid` and `expm1`, never the log of a sigmoid, so that margins of 1e4 stay finite.
+The losses, each with its paper, stand in `_pairwise.py`; this file sums, checks and differentiates.
 
-The packed form takes the token log-probs laid end to end, chosen 0, rejected 0, chosen 1, ...; compiled code sums
-them, applies the loss and writes the gradient of every token in the same launch. It knows the losses with a `code`.
+In the packed form the token log-probs of chosen 0, rejected 0, chosen 1, ... lie end to end. Compiled code
+sums them, applies the loss and writes the gradient of every token in one launch. It knows the losses that
+have a `code`; naming it for another is refused, and `auto` takes torch there.
 
-Letters: N pairs, P tokens of all completions, M = 2N + 1 offsets, 5 the outputs in the order of PreferenceOutput.
-Not done here: a mean over pairs, weights of pairs, a gradient for the reference, a second derivative of the packed
-form.
+Letters: N pairs, P tokens of all completions, M = 2N + 1 offsets.
+Not done here: a mean over pairs, weights of pairs, a gradient for the reference.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from alignfast.kernels._backend import named, native_refusal, register, resolve
-
-F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
-_EXP_LIMIT = 80.0  # float32 ends at e^88.7: past this a score stays as it is and gives no gradient, as in TRL
+from alignfast.kernels._pairwise import LOSSES, Pairs, PreferenceOptions, preference_options, score
 
 
 class PreferenceOutput(NamedTuple):
@@ -40,183 +34,6 @@ class PreferenceOutput(NamedTuple):
     rejected_rewards_N: Tensor
     chosen_logps_N: Tensor
     rejected_logps_N: Tensor
-
-
-class PreferenceOptions(NamedTuple):
-    """The options of a loss, checked."""
-
-    names: tuple[str, ...]
-    weights: tuple[float, ...]
-    beta: float
-    label_smoothing: float
-    simpo_gamma: float
-    discopop_tau: float
-    f_divergence_type: str
-    f_alpha_divergence_coef: float
-
-
-class Pairs(NamedTuple):
-    """What a loss is a function of."""
-
-    chosen_N: Tensor  # h of the chosen completions
-    rejected_N: Tensor
-    chosen_len_N: Tensor | None
-    rejected_len_N: Tensor | None
-    policy_margin_N: Tensor  # log pi(chosen) - log pi(rejected)
-    ref_margin_N: Tensor | None
-
-    @property
-    def margin_N(self) -> Tensor:
-        return self.chosen_N - self.rejected_N
-
-    @property
-    def means(self) -> tuple[Tensor, Tensor]:
-        """h per token; an empty completion counts as one token, as in TRL."""
-        return self.chosen_N / self.chosen_len_N.clamp(min=1), self.rejected_N / self.rejected_len_N.clamp(min=1)
-
-    @property
-    def mean_margin_N(self) -> Tensor:
-        chosen_N, rejected_N = self.means
-        return chosen_N - rejected_N
-
-
-def _smoothed(logits_N: Tensor, label_smoothing: float) -> Tensor:
-    """Logistic loss when each label is flipped with probability `label_smoothing`."""
-    loss_N = -logsigmoid(logits_N)
-    if label_smoothing:
-        loss_N = (1 - label_smoothing) * loss_N - label_smoothing * logsigmoid(-logits_N)
-    return loss_N
-
-
-def _sigmoid(pairs: Pairs, options: PreferenceOptions) -> Tensor:
-    """DPO, arXiv 2305.18290 eq. 7; with label smoothing cDPO (Mitchell, "A note on DPO with noisy preferences", 2023)."""
-    return _smoothed(options.beta * pairs.margin_N, options.label_smoothing)
-
-
-def _sigmoid_norm(pairs: Pairs, options: PreferenceOptions) -> Tensor:
-    """Length-normalised DPO, Tulu 3, arXiv 2411.15124 eq. 6: margins per token."""
-    return -logsigmoid(options.beta * pairs.mean_margin_N)
-
-
-def _hinge(pairs: Pairs, options: PreferenceOptions) -> Tensor:
-    """SLiC's hinge on the log-ratios, RSO, arXiv 2309.06657 eq. 10 (SLiC itself: arXiv 2305.10425); 1 / beta is its margin."""
-    return torch.relu(1 - options.beta * pairs.margin_N)
-
-
-def _ipo(pairs: Pairs, options: PreferenceOptions) -> Tensor:
-    """IPO, arXiv 2310.12036 eq. 17, beta being its tau; per token, the form its authors ran (TRL 1.16)."""
-    return (pairs.mean_margin_N - 1 / (2 * options.beta)).square()
-
-
-def _exo_pair(pairs: Pairs, options: PreferenceOptions) -> Tensor:
-    """EXO-pref, arXiv 2402.00856 eq. 16: the reverse KL of the policy's pair to (1 - eps, eps), eps = label smoothing."""
-    logits_N, eps = options.beta * pairs.margin_N, options.label_smoothing
-    log_win_N, log_lose_N = logsigmoid(logits_N), logsigmoid(-logits_N)
-    return log_win_N.exp() * (log_win_N - math.log1p(-eps)) + log_lose_N.exp() * (log_lose_N - math.log(eps))
-
-
-def _nca_pair(pairs: Pairs, options: PreferenceOptions) -> Tensor:
-    """NCA for pairs, arXiv 2402.05369 eq. 15: raises the chosen, lowers both a little."""
-    chosen_N, rejected_N = options.beta * pairs.chosen_N, options.beta * pairs.rejected_N
-    return -logsigmoid(chosen_N) - 0.5 * logsigmoid(-chosen_N) - 0.5 * logsigmoid(-rejected_N)
-
-
-def _robust(pairs: Pairs, options: PreferenceOptions) -> Tensor:
-    """Robust DPO, arXiv 2403.00409 eq. 12: unbiased when labels are flipped with probability label_smoothing."""
-    logits_N, eps = options.beta * pairs.margin_N, options.label_smoothing
-    return (eps * logsigmoid(-logits_N) - (1 - eps) * logsigmoid(logits_N)) / (1 - 2 * eps)
-
-
-def _bco_pair(pairs: Pairs, options: PreferenceOptions) -> Tensor:
-    """BCO, arXiv 2404.04656 eq. 7, with its reward shift delta = 0, as TRL's DPO has it: no running mean."""
-    return -logsigmoid(options.beta * pairs.chosen_N) - logsigmoid(-options.beta * pairs.rejected_N)
-
-
-def _sppo_hard(pairs: Pairs, options: PreferenceOptions) -> Tensor:
-    """SPPO, arXiv 2405.00675 eq. 4.7, the winner's probability set to 1 and the loser's to 0."""
-    target = 0.5 / options.beta
-    return (pairs.chosen_N - target).square() + (pairs.rejected_N + target).square()
-
-
-def _aot(pairs: Pairs, options: PreferenceOptions) -> Tensor:
-    """AOT paired, arXiv 2406.05882 eq. 9: sorted policy margins against sorted reference margins.
-
-    Entry i is of the i-th smallest margins, not of pair i.
-    """
-    margin_N = pairs.policy_margin_N.sort().values - pairs.ref_margin_N.sort().values
-    return _smoothed(options.beta * margin_N, options.label_smoothing)
-
-
-def _aot_unpaired(pairs: Pairs, options: PreferenceOptions) -> Tensor:
-    """AOT unpaired, arXiv 2406.05882 eq. 7: sorted log-ratios of the chosen against those of the rejected."""
-    margin_N = pairs.chosen_N.sort().values - pairs.rejected_N.sort().values
-    return _smoothed(options.beta * margin_N, options.label_smoothing)
-
-
-def _apo_zero(pairs: Pairs, options: PreferenceOptions) -> Tensor:
-    """APO-zero, arXiv 2408.06266 eq. 7: for chosen answers better than the model's own; raises them, lowers the rejected."""
-    return torch.sigmoid(-options.beta * pairs.chosen_N) + torch.sigmoid(options.beta * pairs.rejected_N)
-
-
-def _apo_down(pairs: Pairs, options: PreferenceOptions) -> Tensor:
-    """APO-down, arXiv 2408.06266 eq. 8: for chosen answers worse than the model's own; lowers both, the rejected more."""
-    return torch.sigmoid(options.beta * pairs.chosen_N) + torch.sigmoid(-options.beta * pairs.margin_N)
-
-
-def _discopop(pairs: Pairs, options: PreferenceOptions) -> Tensor:
-    """DiscoPOP's log-ratio modulated loss, arXiv 2406.08414 eq. 5: from logistic to exponential as the margin grows.
-
-    The exponential and its weight are one exponent: apart they give inf * 0 below a margin of -88.
-    """
-    logits_N = options.beta * pairs.margin_N
-    modulation_N = logits_N / options.discopop_tau
-    exponential_N = (logsigmoid(modulation_N) - logits_N).exp()
-    return torch.sigmoid(-modulation_N) * -logsigmoid(logits_N) + exponential_N
-
-
-def _simpo(pairs: Pairs, options: PreferenceOptions) -> Tensor:
-    """SimPO, arXiv 2405.14734 eq. 6: log-probs per token, no reference, a target margin simpo_gamma."""
-    return _smoothed(options.beta * pairs.mean_margin_N - options.simpo_gamma, options.label_smoothing)
-
-
-def _orpo(pairs: Pairs, options: PreferenceOptions) -> Tensor:
-    """ORPO's odds-ratio term, arXiv 2403.07691 eq. 7, beta being its lambda; eq. 6 adds the chosen's NLL (`sft`)."""
-    chosen_N, rejected_N = pairs.means
-    log_odds_N = chosen_N - torch.log(-torch.expm1(chosen_N))
-    rejected_log_odds_N = rejected_N - torch.log(-torch.expm1(rejected_N))
-    return -options.beta * logsigmoid(log_odds_N - rejected_log_odds_N)
-
-
-class Loss(NamedTuple):
-    """A row of the table: the definition, and what it asks of its inputs."""
-
-    of: Callable[[Pairs, PreferenceOptions], Tensor]
-    code: int | None = None  # its number in compiled code, csrc/preference_loss.h
-    reference: bool = True  # False: reference-free, by its paper
-    lengths: bool = False  # averages over tokens
-    smooths: bool = False  # uses label_smoothing
-    by_margin: bool = False  # of the scores' difference alone: the condition for f-divergences other than reverse KL
-    couples_batch: bool = False  # a pair's loss depends on the other pairs
-
-
-LOSSES = {
-    "sigmoid": Loss(_sigmoid, code=0, smooths=True, by_margin=True),
-    "hinge": Loss(_hinge, code=1, by_margin=True),
-    "ipo": Loss(_ipo, code=2, lengths=True, by_margin=True),
-    "robust": Loss(_robust, code=3, smooths=True, by_margin=True),
-    "exo_pair": Loss(_exo_pair, smooths=True, by_margin=True),
-    "nca_pair": Loss(_nca_pair),
-    "bco_pair": Loss(_bco_pair),
-    "sppo_hard": Loss(_sppo_hard),
-    "aot": Loss(_aot, smooths=True, couples_batch=True),
-    "aot_unpaired": Loss(_aot_unpaired, smooths=True, couples_batch=True),
-    "apo_zero": Loss(_apo_zero),
-    "apo_down": Loss(_apo_down),
-    "discopop": Loss(_discopop, by_margin=True),
-    "sigmoid_norm": Loss(_sigmoid_norm, lengths=True, by_margin=True),
-    "simpo": Loss(_simpo, reference=False, lengths=True, smooths=True),
-    "orpo": Loss(_orpo, reference=False, lengths=True),
-}
 
 
 def preference_loss(
@@ -249,12 +66,12 @@ def preference_loss(
         beta: weight of the implicit reward, > 0 (tau of IPO, lambda of ORPO).
         loss_type: a name in `LOSSES`, or several whose losses are added.
         loss_weights: a factor for each name; None is 1 for each.
-        label_smoothing: probability in [0, 0.5) that a label is flipped, for sigmoid, robust, aot, aot_unpaired,
-            simpo; and exo_pair, where it must be positive (its paper: 1e-3).
+        label_smoothing: probability in [0, 0.5) that a label is flipped: for sigmoid, robust, aot,
+            aot_unpaired and simpo, and for exo_pair, where it must be positive (its paper: 1e-3).
         simpo_gamma: target margin of simpo.
         discopop_tau: temperature of discopop's modulation, > 0.
-        f_divergence_type: f-DPO, arXiv 2309.16240: reverse_kl, forward_kl, js_divergence or alpha_divergence. Other
-            than reverse_kl only with losses of the margin: sigmoid, hinge, ipo, robust, exo_pair, discopop, sigmoid_norm.
+        f_divergence_type: f-DPO, arXiv 2309.16240: reverse_kl, forward_kl, js_divergence, alpha_divergence.
+            The last three only with sigmoid, hinge, ipo, robust, exo_pair, discopop and sigmoid_norm.
         f_alpha_divergence_coef: alpha of alpha_divergence; 1 is the reverse KL, 0 the forward KL.
         backend: `auto`, `torch`, `native` or `triton`; compiled ones know sigmoid, hinge, ipo and robust.
 
@@ -270,22 +87,247 @@ def preference_loss(
     >>> preference_loss(chosen_N, rejected_N, zero_N, zero_N, beta=0.5, backend="torch")
     (tensor([0.3133]), tensor([-1.5000]), tensor([-2.5000]))
     """
-    options = _checked(
+    options = preference_options(
         loss_type, loss_weights, beta, label_smoothing, simpo_gamma, discopop_tau, f_divergence_type,
         f_alpha_divergence_coef,
     )  # fmt: skip
     chosen_N, rejected_N = _wide(chosen_N), _wide(rejected_N)
     refs = _references(options, ref_chosen_N, ref_rejected_N, chosen_N)
-    lengths = _lengths(options, chosen_len_N, rejected_len_N)
+    lengths = (chosen_len_N, rejected_len_N)
+    _check_lengths(options, *lengths)
     _check_alike(chosen_N, rejected_N, *refs, *lengths)
     implementation = _implementation(options, chosen_N, backend)
     if implementation is _Torch:
         return _Torch.forward(chosen_N, rejected_N, *refs, *lengths, options)
-    *_, chosen_rewards_N, rejected_rewards_N = _rewards(chosen_N, rejected_N, *refs, *lengths, options)
-    if LOSSES[options.names[0]].lengths:  # compiled code takes lengths from offsets, so it is given the means
-        inputs = (chosen_N, rejected_N, *refs)
-        chosen_N, rejected_N, *refs = (x / n.clamp(min=1) for x, n in zip(inputs, lengths * 2))
-    logps_P = torch.stack((chosen_N, rejected_N), 1).flatten()
+    inputs = (chosen_N, rejected_N, *refs)
+    rewards = (options.beta * (x_N - ref_N).detach() for x_N, ref_N in zip(inputs[:2], inputs[2:]))
+    if LOSSES[options.names[0]].lengths:  # compiled code will see one token each, so it is given the means
+        inputs = tuple(x_N / len_N.clamp(1) for x_N, len_N in zip(inputs, lengths * 2))
+    logps_P = torch.stack(inputs[:2], 1).flatten()
     offsets_M = torch.arange(logps_P.shape[0] + 1, device=logps_P.device)
-    loss_N, _, _ = _Packed.apply(logps_P, offsets_M, *refs, options, implementation)
-    return loss_N, chosen_rewards_N, rejected_rewards_N
+    out_5N, _ = _Packed.apply(logps_P, offsets_M, *inputs[2:], options, implementation)
+    return out_5N[0], *rewards
+
+
+def packed_preference_loss(
+    logps_P: Tensor,
+    offsets_M: Tensor,
+    ref_chosen_N: Tensor | None = None,
+    ref_rejected_N: Tensor | None = None,
+    *,
+    backend: str = "auto",
+    **options: Any,
+) -> PreferenceOutput:
+    """`preference_loss` of token log-probs, which are summed first: in the same launch where it is compiled.
+
+    Args:
+        logps_P: the policy's log-probability of each token of chosen 0, rejected 0, chosen 1, ... end to end.
+        offsets_M: int64 start of each completion, and the end: 2N + 1 numbers from 0 to P that never fall.
+            Differences are lengths. Checked on a CPU, trusted on a GPU: a look would wait for the device.
+        ref_chosen_N: the reference model's sums, as in `preference_loss`.
+        ref_rejected_N: the same of each rejected completion.
+        backend: as in `preference_loss`.
+        **options: `loss_type`, `beta` and the other options of `preference_loss`.
+
+    Returns:
+        PreferenceOutput; only its `loss_N` is differentiable, and once: there is no second derivative.
+
+    Raises:
+        ValueError: as `preference_loss`, or the offsets do not fit.
+        RuntimeError: the named backend can't run this input or this loss.
+
+    >>> logps_P, zero_N = torch.tensor([-1.0, -2.0, -5.0]), torch.zeros(1)
+    >>> offsets_M = torch.tensor([0, 2, 3])
+    >>> out = packed_preference_loss(logps_P, offsets_M, zero_N, zero_N, beta=0.5, backend="torch")
+    >>> out.loss_N, out.chosen_logps_N
+    (tensor([0.3133]), tensor([-3.]))
+    """
+    checked = preference_options(**options)
+    logps_P = _wide(logps_P)
+    _check_offsets(logps_P, offsets_M)
+    refs = _references(checked, ref_chosen_N, ref_rejected_N, logps_P)
+    _check_alike(offsets_M[1::2], *refs)
+    implementation = _implementation(checked, logps_P, backend)
+    if implementation is not _Torch:
+        out_5N, _ = _Packed.apply(logps_P, offsets_M, *refs, checked, implementation)
+        return PreferenceOutput(out_5N[0], *out_5N[1:].detach())
+    # segment_reduce adds in one order on every device; index_add's atomics on a GPU do not
+    chosen_N, rejected_N = torch.segment_reduce(logps_P, "sum", offsets=offsets_M, initial=0).view(-1, 2).T
+    out = _Torch.forward(chosen_N, rejected_N, *refs, *offsets_M.diff().view(-1, 2).T, checked)
+    return PreferenceOutput(*out, chosen_N.detach(), rejected_N.detach())
+
+
+def _wide(x: Tensor) -> Tensor:
+    if not x.is_floating_point() or x.ndim != 1:
+        raise ValueError(
+            f"expected floating-point log-probs in one dimension, got {x.dtype} of shape {tuple(x.shape)}"
+        )
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _references(
+    options: PreferenceOptions, ref_chosen_N: Tensor | None, ref_rejected_N: Tensor | None, logps: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """The reference's log-probs in the policy's type, or None twice: as the losses want it, or refused."""
+    given = [ref is not None for ref in (ref_chosen_N, ref_rejected_N)]
+    for name in options.names:
+        if LOSSES[name].reference and not all(given):
+            raise ValueError(
+                f"{name} needs ref_chosen_N and ref_rejected_N; reference-free are simpo and orpo"
+            )
+        if not LOSSES[name].reference and any(given):
+            raise ValueError(f"{name} is reference-free, but got reference log-probs; leave them out")
+    if ref_chosen_N is None or ref_rejected_N is None:
+        return None, None
+    if ref_chosen_N.requires_grad or ref_rejected_N.requires_grad:
+        raise ValueError("reference log-probs are constants, but they require a gradient; detach them")
+    return ref_chosen_N.to(logps.dtype), ref_rejected_N.to(logps.dtype)
+
+
+def _check_lengths(options: PreferenceOptions, *lengths: Tensor | None) -> None:
+    for name in options.names:
+        if LOSSES[name].lengths and any(length_N is None for length_N in lengths):
+            raise ValueError(f"{name} averages over tokens; give chosen_len_N and rejected_len_N")
+
+
+def _check_alike(first_N: Tensor, *others_N: Tensor | None) -> None:
+    for other_N in others_N:
+        if other_N is not None and (other_N.shape != first_N.shape or other_N.device != first_N.device):
+            raise ValueError(
+                "expected one number a pair, all on one device, got "
+                f"{tuple(first_N.shape)} on {first_N.device} and {tuple(other_N.shape)} on {other_N.device}"
+            )
+
+
+def _check_offsets(logps_P: Tensor, offsets_M: Tensor) -> None:
+    if offsets_M.ndim != 1 or offsets_M.dtype != torch.int64 or offsets_M.shape[0] % 2 == 0:
+        raise ValueError(
+            f"offsets must be int64, 2 * pairs + 1 of them, got {offsets_M.dtype} {tuple(offsets_M.shape)}"
+        )
+    if offsets_M.device != logps_P.device:
+        raise ValueError(
+            f"log-probs are on {logps_P.device}, offsets on {offsets_M.device}; move one of them"
+        )
+    if offsets_M.device.type == "cpu" and not torch.compiler.is_compiling():
+        ends = (int(offsets_M[0]), int(offsets_M[-1]))
+        if ends != (0, logps_P.shape[0]) or (offsets_M.diff() < 0).any():
+            raise ValueError(
+                f"offsets must rise from 0 to {logps_P.shape[0]}, the number of tokens, got {offsets_M}"
+            )
+
+
+def _implementation(options: PreferenceOptions, logps: Tensor, backend: str) -> Any:
+    """`resolve`, and the refusal of losses that compiled code does not know."""
+    backend = named(backend)
+    known = LOSSES[options.names[0]].code is not None and options.weights == (1.0,)
+    if known and options.f_divergence_type == "reverse_kl":
+        return resolve("preference_loss", logps.device, logps.dtype, backend)
+    if backend not in ("auto", "torch"):
+        raise RuntimeError(
+            f"preference_loss has no {backend} code for {' + '.join(options.names)}: compiled code knows "
+            "sigmoid, hinge, ipo and robust, alone, with weight 1 and the reverse KL; pass backend='torch'"
+        )
+    return _Torch
+
+
+class _Packed(torch.autograd.Function):
+    """A compiled implementation: the tokens' gradients come with the loss, the backward pass scales them.
+
+    Of out_5N only the row of the losses has a gradient; callers detach the others.
+    """
+
+    @staticmethod
+    def forward(
+        logps_P: Tensor,
+        offsets_M: Tensor,
+        ref_chosen_N: Tensor,
+        ref_rejected_N: Tensor,
+        options: PreferenceOptions,
+        implementation: Any,
+    ) -> tuple[Tensor, Tensor]:
+        return implementation.forward(
+            *(x.contiguous() for x in (logps_P, offsets_M, ref_chosen_N, ref_rejected_N)),
+            LOSSES[options.names[0]].code, options.beta, options.label_smoothing,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        logps_P, offsets_M, *_ = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(logps_P, offsets_M, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, dout_5N: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        return _Scaled.apply(dout_5N[0], *ctx.saved_tensors), None, None, None, None, None
+
+
+class _Scaled(torch.autograd.Function):
+    """dlogps_P times each pair's upstream gradient; its own gradient is refused.
+
+    It refuses where it is differentiated, not where it is recorded: torch.func.grad records every backward.
+    """
+
+    @staticmethod
+    def forward(dloss_N: Tensor, logps_P: Tensor, offsets_M: Tensor, dlogps_P: Tensor) -> Tensor:
+        tokens_N = offsets_M[2::2] - offsets_M[:-1:2]
+        return dlogps_P * dloss_N.repeat_interleave(tokens_N, output_size=dlogps_P.shape[0])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        """Nothing is kept: there is no second backward pass."""
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        raise RuntimeError("compiled preference_loss has no second derivative; preference_loss's torch has")
+
+
+class _Torch:
+    """The definition: every other implementation is measured against it, in float64."""
+
+    name = "torch"
+
+    @staticmethod
+    def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+        return None
+
+    @staticmethod
+    def forward(
+        chosen_N: Tensor,
+        rejected_N: Tensor,
+        ref_chosen_N: Tensor | None,
+        ref_rejected_N: Tensor | None,
+        chosen_len_N: Tensor | None,
+        rejected_len_N: Tensor | None,
+        options: PreferenceOptions,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss_N, chosen_rewards_N, rejected_rewards_N) of the summed log-probs."""
+        ratios = (chosen_N, rejected_N)
+        if ref_chosen_N is not None:
+            ratios = (chosen_N - ref_chosen_N, rejected_N - ref_rejected_N)
+        pairs = Pairs(
+            *(score(ratio_N, options) for ratio_N in ratios), chosen_len_N, rejected_len_N,
+            policy_margin_N=chosen_N - rejected_N,
+            ref_margin_N=None if ref_chosen_N is None else ref_chosen_N - ref_rejected_N,
+        )  # fmt: skip
+        loss_N = sum(
+            weight * LOSSES[name].of(pairs, options) for name, weight in zip(options.names, options.weights)
+        )
+        rewarded = ratios if ref_chosen_N is not None else pairs.means
+        return loss_N, *(options.beta * x_N.detach() for x_N in rewarded)
+
+
+class _Native:
+    """csrc/cpu/preference_loss.cpp and csrc/cuda/preference_loss.cu.
+
+    forward(logps_P, offsets_M, ref_chosen_N, ref_rejected_N, code, beta, label_smoothing)
+        -> (out_5N, dlogps_P)
+
+    All are float32 and contiguous but for the int64 offsets. out_5N is in the order of PreferenceOutput,
+    dlogps_P the gradient of the losses' sum.
+    """
+
+    name = "native"
+    refusal = staticmethod(native_refusal)
+
+
+register("preference_loss", _Torch)
