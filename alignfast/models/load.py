@@ -1,0 +1,103 @@
+"""From a folder, a hub name or an object to a policy and its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from alignfast.models.attention import ModelRefused
+from alignfast.models.policy import Policy
+
+
+def load_policy(
+    model: str | PreTrainedModel | nn.Module,
+    *,
+    layout: str = "shared",
+    backend: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    peft_config: Any = None,
+    gradient_checkpointing: bool = False,
+    disable_dropout: bool = True,
+    trust_remote_code: bool = False,
+) -> Policy:
+    """A policy ready to train.
+
+    Args:
+        model: folder, hub name, transformers causal language model or PEFT model. A folder that holds an adapter
+            loads its base model with it.
+        layout: `shared`, `packed` or `padded`.
+        backend: backend of the kernels.
+        dtype: of the parameters, for a model loaded here: a torch dtype, its name, or `auto` for the file's own. None is
+            float32, as in TRL.
+        peft_config: a PEFT config, or a mapping of LoraConfig's options; adapters are added to the model.
+        gradient_checkpointing: recompute activations in the backward pass.
+        disable_dropout: set every dropout of the model to 0. Packed attention refuses dropout on its weights.
+        trust_remote_code: run code that comes with the model; off unless asked for.
+
+    Raises:
+        ValueError: the layout is unknown, or options that concern loading come with a model object.
+        ModelRefused: the model can't be trained this way; the message names the way out.
+    """
+    if layout not in ("shared", "packed", "padded"):
+        raise ValueError(f"layout must be shared, packed or padded, got {layout!r}")
+    if isinstance(model, str):
+        model = AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype or torch.float32, trust_remote_code=trust_remote_code
+        )
+    elif dtype is not None:
+        raise ValueError(
+            "dtype is for models loaded by name; cast the model object yourself with model.to(dtype)"
+        )
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ModelRefused(
+            f"{type(model).__name__} is an encoder-decoder; only decoder models are trained here"
+        )
+    if peft_config is not None:
+        model = _add_adapters(model, peft_config)
+    if disable_dropout:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            for name in ("attention_dropout", "attn_dropout", "dropout", "activation_dropout", "layerdrop"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)  # probabilities that layers keep as numbers
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if hasattr(model, "enable_input_require_grads") and hasattr(model, "peft_config"):
+            model.enable_input_require_grads()
+    return Policy(model, layout=layout, backend=backend)
+
+
+def _add_adapters(model: nn.Module, peft_config: Any) -> nn.Module:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if isinstance(model, PeftModel):
+        raise ValueError("the model has adapters already; give peft_config, or a PEFT model, not both")
+    if isinstance(peft_config, Mapping):
+        peft_config = LoraConfig(**{"task_type": "CAUSAL_LM", **peft_config})
+    return get_peft_model(model, peft_config)  # type: ignore[arg-type]
+
+
+def load_tokenizer(
+    tokenizer: str | PreTrainedTokenizerBase | None,
+    model: str | nn.Module,
+    *,
+    trust_remote_code: bool = False,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer itself, one by name, or the one that lies beside the model.
+
+    Raises:
+        ValueError: none was given and the model does not say where it came from.
+    """
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return tokenizer
+    name = tokenizer or (model if isinstance(model, str) else getattr(model.config, "_name_or_path", ""))
+    if not name:
+        raise ValueError(
+            "the model was made in memory, so its tokenizer is unknown; pass processing_class=tokenizer"
+        )
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
