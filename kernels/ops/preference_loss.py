@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from alignfast.kernels._backend import named, native_refusal, register, resolve
+from alignfast.kernels._backend import named, native_refusal, register, resolve, triton_refusal
 from alignfast.kernels._pairwise import LOSSES, Pairs, PreferenceOptions, preference_options, score
 
 
@@ -330,4 +330,17 @@ class _Native:
     refusal = staticmethod(native_refusal)
 
 
-register("preference_loss", _Torch)
+class _Triton:
+    """preference_loss_triton.py, imported on the first call: triton is optional. Its forward is `_Native`'s."""
+
+    name = "triton"
+    refusal = staticmethod(triton_refusal)
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        from alignfast.kernels import preference_loss_triton
+
+        return preference_loss_triton.forward(*inputs)
+
+
+register("preference_loss", _Torch, _Triton)

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from alignfast.kernels._backend import native_refusal, register, resolve
+from alignfast.kernels._backend import native_refusal, register, resolve, triton_refusal
+from alignfast.kernels._native import launch, native_op, unit_columns
 from alignfast.kernels._targets import check_targets, outside
 
 STATS = ("logps", "lse", "entropy", "mean_logit", "is_top1", "sum_sq_probs")
@@ -228,5 +229,72 @@ class _Native:
     name = "native"
     refusal = staticmethod(native_refusal)
 
+    @staticmethod
+    def forward(logits_TV: Tensor, targets_T: Tensor, options: RowOptions) -> Tensor:
+        return torch.ops.alignfast.token_logps_forward(logits_TV, targets_T, *options)
 
-register("token_logps", _Torch)
+    @staticmethod
+    def backward(
+        logits_TV: Tensor,
+        targets_T: Tensor,
+        stats_KT: Tensor,
+        dstats_KT: Tensor,
+        options: RowOptions,
+        out_TV: Tensor,
+    ) -> None:
+        torch.ops.alignfast.token_logps_backward(logits_TV, targets_T, stats_KT, dstats_KT, *options, out_TV)
+
+
+@native_op(
+    "token_logps_forward(Tensor logits, Tensor targets, float scale, float softcap, float temperature, "
+    "int ignore_index, int wanted) -> Tensor",
+    fake=lambda logits, *_: logits.new_empty((len(STATS), logits.shape[0]), dtype=torch.float32),
+)
+def _native_forward(logits_TV: Tensor, targets_T: Tensor, *options: float) -> Tensor:
+    stats_KT = logits_TV.new_empty((len(STATS), logits_TV.shape[0]), dtype=torch.float32)
+    launch("token_logps_forward", unit_columns(logits_TV), targets_T, *options, stats_KT)
+    return stats_KT
+
+
+@native_op(
+    "token_logps_backward(Tensor logits, Tensor targets, Tensor stats, Tensor dstats, float scale, "
+    "float softcap, float temperature, int ignore_index, int wanted, Tensor(a!) out) -> ()",
+    fake=lambda *_: None,
+)
+def _native_backward(
+    logits_TV: Tensor,
+    targets_T: Tensor,
+    stats_KT: Tensor,
+    dstats_KT: Tensor,
+    *options_and_out: Any,
+) -> None:
+    launch("token_logps_backward", unit_columns(logits_TV), targets_T, stats_KT, dstats_KT, *options_and_out)
+
+
+class _Triton:
+    """token_logps_triton.py, imported on the first call: triton is optional."""
+
+    name = "triton"
+    refusal = staticmethod(triton_refusal)
+
+    @staticmethod
+    def forward(logits_TV: Tensor, targets_T: Tensor, options: RowOptions) -> Tensor:
+        from alignfast.kernels import token_logps_triton
+
+        return token_logps_triton.forward(logits_TV, targets_T, options)
+
+    @staticmethod
+    def backward(
+        logits_TV: Tensor,
+        targets_T: Tensor,
+        stats_KT: Tensor,
+        dstats_KT: Tensor,
+        options: RowOptions,
+        out_TV: Tensor,
+    ) -> None:
+        from alignfast.kernels import token_logps_triton
+
+        token_logps_triton.backward(logits_TV, targets_T, stats_KT, dstats_KT, options, out_TV)
+
+
+register("token_logps", _Torch, _Native, _Triton)
