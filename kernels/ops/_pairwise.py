@@ -76,7 +76,7 @@ def _sigmoid(pairs: Pairs, options: PreferenceOptions) -> Tensor:
 
 
 def _sigmoid_norm(pairs: Pairs, options: PreferenceOptions) -> Tensor:
-    """Length-normalised DPO, Tulu 3, arXiv 2411.15124 eq. 6: margins per token."""
+    """Length-normalised DPO, Tulu 3, arXiv 2411.15124 section 5: margins per token."""
     return -logsigmoid(options.beta * pairs.mean_margin_N)
 
 
@@ -98,19 +98,19 @@ def _exo_pair(pairs: Pairs, options: PreferenceOptions) -> Tensor:
 
 
 def _nca_pair(pairs: Pairs, options: PreferenceOptions) -> Tensor:
-    """NCA for pairs, arXiv 2402.05369 eq. 15: raises the chosen, lowers both a little."""
+    """NCA for pairs, arXiv 2402.05369 section 4.1: absolute likelihoods, so that the chosen does not sink."""
     chosen_N, rejected_N = options.beta * pairs.chosen_N, options.beta * pairs.rejected_N
     return -logsigmoid(chosen_N) - 0.5 * logsigmoid(-chosen_N) - 0.5 * logsigmoid(-rejected_N)
 
 
 def _robust(pairs: Pairs, options: PreferenceOptions) -> Tensor:
-    """Robust DPO, arXiv 2403.00409: unbiased where labels are flipped with probability label_smoothing."""
+    """Robust DPO, arXiv 2403.00409 section 3.1: unbiased where labels are flipped that often."""
     logits_N, eps = options.beta * pairs.margin_N, options.label_smoothing
     return (eps * logsigmoid(-logits_N) - (1 - eps) * logsigmoid(logits_N)) / (1 - 2 * eps)
 
 
 def _bco_pair(pairs: Pairs, options: PreferenceOptions) -> Tensor:
-    """BCO, arXiv 2404.04656 eq. 7, with its reward shift delta = 0, as TRL's DPO has it: no running mean."""
+    """BCO, arXiv 2404.04656 section 4, its reward shift delta being 0, as in TRL's DPO: no running mean."""
     return -logsigmoid(options.beta * pairs.chosen_N) - logsigmoid(-options.beta * pairs.rejected_N)
 
 
@@ -121,7 +121,7 @@ def _sppo_hard(pairs: Pairs, options: PreferenceOptions) -> Tensor:
 
 
 def _aot(pairs: Pairs, options: PreferenceOptions) -> Tensor:
-    """AOT paired, arXiv 2406.05882 eq. 9: sorted policy margins against sorted reference margins.
+    """AOT paired, arXiv 2406.05882 section 3: sorted policy margins against sorted reference margins.
 
     Entry i is of the i-th smallest margins, not of pair i.
     """
@@ -130,7 +130,7 @@ def _aot(pairs: Pairs, options: PreferenceOptions) -> Tensor:
 
 
 def _aot_unpaired(pairs: Pairs, options: PreferenceOptions) -> Tensor:
-    """AOT unpaired, arXiv 2406.05882 eq. 7: sorted log-ratios of the chosen against those of the rejected."""
+    """AOT unpaired, arXiv 2406.05882 section 3: sorted log-ratios, chosen against rejected."""
     margin_N = pairs.chosen_N.sort().values - pairs.rejected_N.sort().values
     return _smoothed(options.beta * margin_N, options.label_smoothing)
 
