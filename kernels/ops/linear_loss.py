@@ -108,7 +108,8 @@ def linear_loss(
     wants = [
         x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden_TD, weight_VD, bias_V)
     ]
-    with torch.no_grad():
+    # The types are chosen by now; under autocast every product would cast its operands again
+    with torch.no_grad(), torch.autocast(hidden_TD.device.type, enabled=False):
         head = Head(hidden_TD, weight_VD, bias_V, tuple(wants))  # type: ignore[arg-type]
         walk = _Walk(head, targets_T, loss_fn, tuple(stats), options, implementation, any(wants))
         loss, metrics = walk.run(units)
@@ -162,14 +163,14 @@ class _Pending(NamedTuple):
 class _Active:
     """Which rows of a chunk have a gradient at all. On a GPU the count crosses to the host behind later work."""
 
-    def __init__(self, dstats_KN: Tensor) -> None:
+    def __init__(self, dstats_KN: Tensor, ignored_N: Tensor) -> None:
         self._all = len(dstats_KN[0])
         if torch.compiler.is_compiling():
             self._index_N = None  # a count that depends on data would break the graph: take every row
             return
         self._event = None
         differentiable_KN = dstats_KN[[k for k in range(len(STATS)) if k != IS_TOP1]]
-        active_N = (differentiable_KN != 0).any(0)
+        active_N = (differentiable_KN != 0).any(0) & ~ignored_N
         if active_N.device.type == "cpu":
             self._index_N = active_N.nonzero()[:, 0]
             self._count = torch.tensor(len(self._index_N))
@@ -235,7 +236,9 @@ class _Walk:
                 stats_KN = self._statistics(rows, tile_NV)
                 dstats_KN = self._apply_loss(stats_KN, rows)
                 if self.differentiate:
-                    pending.append(_Pending(rows, tile_NV, stats_KN, dstats_KN, _Active(dstats_KN)))
+                    pending.append(
+                        _Pending(rows, tile_NV, stats_KN, dstats_KN, self._active(rows, dstats_KN))
+                    )
                     if len(pending) == num_tiles:
                         self._multiply_back(pending.popleft())
             while pending:
@@ -251,7 +254,12 @@ class _Walk:
         """Run `loss_fn`, add up its results, and return the gradient of the statistics."""
 
         def on_values(*values: Tensor) -> tuple[Tensor, Metrics]:
-            return self.loss_fn(Stats(**dict(zip(self.fields, values))), rows)
+            loss, metrics = self.loss_fn(Stats(**dict(zip(self.fields, values))), rows)
+            if loss.ndim:
+                raise ValueError(
+                    f"loss_fn must return a 0-d loss, summed over its rows; got {tuple(loss.shape)}"
+                )
+            return loss, metrics
 
         values = tuple(stats_KN[STATS.index(field)] for field in self.fields)
         if self.differentiate:
@@ -276,6 +284,9 @@ class _Walk:
         for field, gradient_N in zip(self.fields, dvalues):
             dstats_KN[STATS.index(field)] = gradient_N.detach()
         return dstats_KN
+
+    def _active(self, rows: slice, dstats_KN: Tensor) -> _Active:
+        return _Active(dstats_KN, self.targets_T[rows] == self.options.ignore_index)
 
     def _add(self, loss: Tensor, metrics: Metrics) -> None:
         self.loss = loss if self.loss is None else self.loss + loss
@@ -318,7 +329,7 @@ class _Walk:
         dstats_KN = self._apply_loss(stats_KN, group)
         if not self.differentiate:
             return
-        index_A = _Active(dstats_KN).rows()
+        index_A = self._active(group, dstats_KN).rows()
         if index_A is None:
             index_A = torch.arange(group.stop - group.start, device=stats_KN.device)
         for index_N in index_A.split(len(tile_NV)):

@@ -75,6 +75,11 @@ def _chunks(hidden_TD: Tensor, weight_VD: Tensor) -> list[slice]:
     return [slice(start, min(start + size, len(hidden_TD))) for start in starts]
 
 
+def _exact_types(hidden_TD: Tensor) -> Any:
+    """The types are chosen by now; under autocast every product would cast its operands again."""
+    return torch.autocast(hidden_TD.device.type, enabled=False)
+
+
 class _LinearRowStats(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -88,7 +93,7 @@ class _LinearRowStats(torch.autograd.Function):
         head = Head(hidden_TD, weight_VD, bias_V, (False, False, False))
         chunks = _chunks(hidden_TD, weight_VD)
         shape = (chunks[0].stop, len(weight_VD))
-        with workspace(shape, tile_dtype(hidden_TD), hidden_TD.device) as tile_NV:
+        with _exact_types(hidden_TD), workspace(shape, tile_dtype(hidden_TD), hidden_TD.device) as tile_NV:
             parts = []
             for rows in chunks:
                 piece_NV = tile_NV[: rows.stop - rows.start]
@@ -108,7 +113,7 @@ class _LinearRowStats(torch.autograd.Function):
         head = Head(hidden_TD, weight_VD, bias_V, ctx.needs_input_grad[:3])
         chunks = _chunks(hidden_TD, weight_VD)
         shape = (chunks[0].stop, len(weight_VD))
-        with workspace(shape, tile_dtype(hidden_TD), hidden_TD.device) as tile_NV:
+        with _exact_types(hidden_TD), workspace(shape, tile_dtype(hidden_TD), hidden_TD.device) as tile_NV:
             for rows in chunks:
                 piece_NV = tile_NV[: rows.stop - rows.start]
                 head.project(rows, piece_NV)

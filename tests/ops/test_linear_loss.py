@@ -1,0 +1,517 @@
+"""`linear_loss`: every sentence of its contract.
+
+Letters: T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from alignfast.kernels import Stats, linear_loss, linear_token_logps
+from alignfast.kernels._workspace import release_workspaces
+
+T, D, V = 37, 16, 101  # odd sizes: the last chunk is ragged, no dimension equals another
+
+
+class Inputs:
+    """Random inputs with a weight for every token, so that swapped or dropped rows show."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        self.hidden_TD = normal(T, D).requires_grad_()
+        self.weight_VD = normal(V, D).requires_grad_()
+        self.bias_V = normal(V).requires_grad_()
+        self.targets_T = torch.randint(0, V, (T,), generator=generator)
+        self.targets_T[[3, 20]] = -100
+        self.advantage_T = normal(T)
+        self.leaves = (self.hidden_TD, self.weight_VD, self.bias_V)
+
+    def loss_fn(self, stats: Stats, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        weight_N = self.advantage_T[rows].to(stats.logps.dtype)
+        return (stats.logps * weight_N).sum(), {
+            "sum": stats.logps.sum(),
+            "max_logp": stats.logps.max(),
+            "min_logp": stats.logps.min(),
+        }
+
+    def expected(
+        self, *, scale: float = 1.0, softcap: float | None = None, temperature: float = 1.0
+    ) -> Tensor:
+        """Log-probs by the textbook, from logits in full; 0 where ignored."""
+        logits_TV = (self.hidden_TD @ self.weight_VD.T + self.bias_V) * scale
+        if softcap is not None:
+            logits_TV = softcap * torch.tanh(logits_TV / softcap)
+        logps_TV = (logits_TV / temperature).log_softmax(1)
+        ignored_T = self.targets_T == -100
+        return logps_TV.gather(1, self.targets_T.masked_fill(ignored_T, 0)[:, None])[:, 0].masked_fill(
+            ignored_T, 0
+        )
+
+
+HEAD = {"scale": 0.7, "softcap": 5.0, "temperature": 1.3}
+
+
+def assert_close(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for x, y in zip(got, expected, strict=True):
+        assert float((x - y).abs().max()) <= 1e-13 * max(1.0, float(y.abs().max()))
+
+
+class Gemms(TorchDispatchMode):
+    """Counts matrix products as (rows, inner, columns), and the largest tensor that an op returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, int, int]] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm"):
+            left, right = args[:2] if name == "mm" else args[1:3]
+            self.shapes.append((left.shape[0], left.shape[1], right.shape[1]))
+        for x in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(x, Tensor):
+                self.largest = max(self.largest, x.untyped_storage().nbytes())
+        return result
+
+
+# 7 leaves ragged chunks; groups of 5, 20 and 12 rows in tiles of 9 need the two-pass way; 64 holds all at once
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {},
+        {"chunk_rows": 7},
+        {"group_sizes": [5, 20, 12], "chunk_rows": 9},
+        {"group_sizes": [T], "chunk_rows": 64},
+    ],
+)
+@pytest.mark.parametrize("head", [{}, HEAD])
+def test_values_and_gradients(plan: dict, head: dict) -> None:
+    inputs = Inputs()
+    expected_T = inputs.expected(**head)
+    expected = (expected_T * inputs.advantage_T).sum()
+    loss, metrics = linear_loss(
+        inputs.hidden_TD,
+        inputs.weight_VD,
+        inputs.targets_T,
+        inputs.loss_fn,
+        bias_V=inputs.bias_V,
+        **plan,
+        **head,
+    )
+    assert_close((loss,), (expected,))
+    assert_close((metrics["sum"], metrics["max_logp"], metrics["min_logp"]),
+                 (expected_T.sum(), expected_T.max(), expected_T.min()))  # fmt: skip
+    upstream = 3.5  # not 1: the gradients are known before it is
+    assert_close(
+        torch.autograd.grad(upstream * loss, inputs.leaves),
+        torch.autograd.grad(upstream * expected, inputs.leaves),
+    )
+
+
+@pytest.mark.parametrize("field", ["lse", "entropy", "mean_logit", "sum_sq_probs"])
+def test_every_statistic_is_differentiable(field: str) -> None:
+    inputs = Inputs()
+    logits_TV = inputs.hidden_TD @ inputs.weight_VD.T + inputs.bias_V
+    p_TV = logits_TV.softmax(1)
+    value_T = {
+        "lse": logits_TV.logsumexp(1),
+        "entropy": -(p_TV * p_TV.log()).sum(1),
+        "mean_logit": logits_TV.mean(1),
+        "sum_sq_probs": p_TV.square().sum(1),
+    }[field]
+    kept_T = (inputs.targets_T != -100) * inputs.advantage_T
+    loss, _ = linear_loss(
+        inputs.hidden_TD,
+        inputs.weight_VD,
+        inputs.targets_T,
+        lambda stats, rows: ((getattr(stats, field) * inputs.advantage_T[rows]).sum(), {}),
+        stats=(field,),
+        bias_V=inputs.bias_V,
+        chunk_rows=10,
+    )
+    assert_close(
+        torch.autograd.grad(loss, inputs.leaves), torch.autograd.grad((value_T * kept_T).sum(), inputs.leaves)
+    )
+
+
+def test_statistics_on_demand() -> None:
+    inputs = Inputs()
+    seen: list[Stats] = []
+
+    def loss_fn(stats: Stats, rows: slice) -> tuple[Tensor, dict]:
+        seen.append(stats)
+        return stats.logps.sum(), {"top1": stats.is_top1.sum()}
+
+    _, metrics = linear_loss(
+        inputs.hidden_TD,
+        inputs.weight_VD,
+        inputs.targets_T,
+        loss_fn,
+        stats=("logps", "is_top1"),
+        bias_V=inputs.bias_V,
+    )
+    assert seen[0].entropy is None
+    assert seen[0].lse is None
+    logits_TV = inputs.hidden_TD @ inputs.weight_VD.T + inputs.bias_V
+    assert metrics["top1"] == (logits_TV.argmax(1) == inputs.targets_T).sum()
+    with pytest.raises(ValueError, match="'surprise'; known are logps"):
+        linear_loss(inputs.hidden_TD, inputs.weight_VD, inputs.targets_T, loss_fn, stats=("surprise",))
+
+
+def _shapes(call: Callable[[], Tensor]) -> Gemms:
+    with Gemms() as gemms:
+        call().backward()
+    return gemms
+
+
+def test_three_gemms_where_log_probs_first_need_four() -> None:
+    inputs = Inputs()
+    arguments = (inputs.hidden_TD, inputs.weight_VD, inputs.targets_T)
+    whole = {(T, D, V), (T, V, D), (V, T, D)}
+    ours = _shapes(
+        lambda: linear_loss(*arguments, lambda stats, rows: (stats.logps.sum(), {}), chunk_rows=64)[0]
+    )
+    ignored = 2  # these rows have no gradient
+    assert ours.shapes == [(T, D, V), (T - ignored, V, D), (V, T - ignored, D)]
+    theirs = _shapes(lambda: linear_token_logps(*arguments).sum())
+    assert sorted(theirs.shapes) == sorted([(T, D, V), *whole])
+
+
+def test_rows_without_gradient_are_dropped() -> None:
+    inputs = Inputs()
+    inputs.advantage_T[5:25] = 0  # a group without variance, say; row 20 is ignored besides, row 3 too
+    active = T - 20 - 1
+    gemms = _shapes(
+        lambda: linear_loss(
+            inputs.hidden_TD, inputs.weight_VD, inputs.targets_T, inputs.loss_fn, chunk_rows=64
+        )[0]
+    )
+    assert gemms.shapes == [(T, D, V), (active, V, D), (V, active, D)]
+    inputs.advantage_T.zero_()
+    gemms = _shapes(
+        lambda: linear_loss(inputs.hidden_TD, inputs.weight_VD, inputs.targets_T, inputs.loss_fn)[0]
+    )
+    assert gemms.shapes == [(T, D, V)]
+    assert not inputs.weight_VD.grad.isnan().any()
+
+
+def test_second_pass_forms_only_rows_with_a_gradient() -> None:
+    inputs = Inputs()
+    inputs.advantage_T[:30] = 0
+    gemms = _shapes(
+        lambda: linear_loss(
+            inputs.hidden_TD,
+            inputs.weight_VD,
+            inputs.targets_T,
+            inputs.loss_fn,
+            group_sizes=[T],
+            chunk_rows=20,
+        )[0]
+    )
+    assert gemms.shapes == [(20, D, V), (17, D, V), (7, D, V), (7, V, D), (V, 7, D)]
+
+
+def test_frozen_head_costs_no_weight_gradient() -> None:
+    inputs = Inputs()
+    gemms = _shapes(
+        lambda: linear_loss(
+            inputs.hidden_TD, inputs.weight_VD.detach(), inputs.targets_T, lambda s, rows: (s.logps.sum(), {})
+        )[0]
+    )
+    assert [shape for shape in gemms.shapes if shape[0] == V] == []
+    frozen_trunk = _shapes(
+        lambda: linear_loss(
+            inputs.hidden_TD.detach(), inputs.weight_VD, inputs.targets_T, lambda s, rows: (s.logps.sum(), {})
+        )[0]
+    )
+    assert [shape[0] for shape in frozen_trunk.shapes] == [T, V]
+
+
+def test_without_gradients_only_the_projection_runs() -> None:
+    inputs = Inputs()
+    with Gemms() as gemms, torch.no_grad():
+        loss, _ = linear_loss(inputs.hidden_TD, inputs.weight_VD, inputs.targets_T, inputs.loss_fn)
+    assert gemms.shapes == [(T, D, V)]
+    assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_nothing_of_size_tokens_by_vocabulary_outlives_a_chunk(backend: str) -> None:
+    tokens, rows, vocabulary = 512, 32, 4001
+    release_workspaces()
+    hidden_TD = torch.randn(tokens, 8, requires_grad=True)
+    weight_VD = torch.randn(vocabulary, 8, requires_grad=True)
+    targets_T = torch.randint(0, vocabulary, (tokens,))
+    with Gemms() as gemms:
+        loss, _ = linear_loss(
+            hidden_TD,
+            weight_VD,
+            targets_T,
+            lambda s, r: (s.logps.sum(), {}),
+            chunk_rows=rows,
+            backend=backend,
+        )
+        loss.backward()
+    assert gemms.largest <= rows * vocabulary * 4
+    release_workspaces()
+
+
+def test_groups_reach_the_loss_whole() -> None:
+    inputs = Inputs()
+    sizes, calls = [5, 0, 20, 4, 8], []
+
+    def loss_fn(stats: Stats, rows: slice) -> tuple[Tensor, dict]:
+        calls.append((rows.start, rows.stop, len(stats.logps)))
+        return stats.logps.sum(), {}
+
+    linear_loss(
+        inputs.hidden_TD, inputs.weight_VD, inputs.targets_T, loss_fn, group_sizes=sizes, chunk_rows=12
+    )
+    assert calls == [(0, 5, 5), (5, 25, 20), (25, 37, 12)]
+    for wrong in ([5, 5], [40, -3]):
+        with pytest.raises(ValueError, match="sum to the 37 rows"):
+            linear_loss(inputs.hidden_TD, inputs.weight_VD, inputs.targets_T, loss_fn, group_sizes=wrong)
+
+
+def test_a_loss_that_couples_tokens_is_the_same_in_two_passes() -> None:
+    inputs = Inputs()
+
+    def loss_fn(stats: Stats, rows: slice) -> tuple[Tensor, dict]:
+        return stats.logps.sum().square() / 100, {}
+
+    results = []
+    for chunk_rows in (64, 5):
+        loss, _ = linear_loss(
+            inputs.hidden_TD,
+            inputs.weight_VD,
+            inputs.targets_T,
+            loss_fn,
+            group_sizes=[T],
+            chunk_rows=chunk_rows,
+        )
+        results.append((loss, *torch.autograd.grad(loss, inputs.leaves[:2])))
+    assert_close(results[1], results[0])
+
+
+def test_captured_gradients_are_refused() -> None:
+    inputs = Inputs()
+    captured = torch.ones((), requires_grad=True, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="captured a tensor that requires a gradient"):
+        linear_loss(
+            inputs.hidden_TD,
+            inputs.weight_VD,
+            inputs.targets_T,
+            lambda s, rows: (s.logps.sum() * captured, {}),
+        )
+    linear_loss(
+        inputs.hidden_TD,
+        inputs.weight_VD,
+        inputs.targets_T,
+        lambda s, rows: (s.logps.sum() * captured.detach(), {}),
+    )
+
+
+def test_second_derivative_is_refused() -> None:
+    inputs = Inputs()
+    loss, _ = linear_loss(inputs.hidden_TD, inputs.weight_VD, inputs.targets_T, inputs.loss_fn)
+    with pytest.raises(RuntimeError, match="linear_loss has no second derivative"):
+        torch.autograd.grad(loss, inputs.hidden_TD, create_graph=True)
+    logps_T = linear_token_logps(inputs.hidden_TD, inputs.weight_VD, inputs.targets_T)
+    with pytest.raises(RuntimeError, match="linear_token_logps has no second derivative"):
+        torch.autograd.grad(logps_T.sum(), inputs.hidden_TD, create_graph=True)
+
+
+def test_backward_twice_gives_the_same() -> None:
+    inputs = Inputs()
+    loss, _ = linear_loss(inputs.hidden_TD, inputs.weight_VD, inputs.targets_T, inputs.loss_fn, chunk_rows=10)
+    first = torch.autograd.grad(loss, inputs.leaves[:2], retain_graph=True)
+    second = torch.autograd.grad(loss, inputs.leaves[:2])
+    assert all(torch.equal(x, y) for x, y in zip(first, second))
+
+
+def test_gradients_add_up_over_calls_in_flight() -> None:
+    """Two losses formed before either backward: the lent workspaces must not be shared between them."""
+    inputs = Inputs()
+    arguments = (inputs.hidden_TD, inputs.weight_VD, inputs.targets_T)
+    alone, _ = linear_loss(*arguments, inputs.loss_fn)
+    expected = torch.autograd.grad(alone, inputs.leaves[:2])
+    first, _ = linear_loss(*arguments, inputs.loss_fn)
+    second, _ = linear_loss(*arguments, lambda s, rows: (2 * inputs.loss_fn(s, rows)[0], {}))
+    got = torch.autograd.grad(first + second, inputs.leaves[:2])
+    assert_close(got, tuple(3 * x for x in expected))
+
+
+def test_a_loss_may_call_the_head_itself() -> None:
+    inputs = Inputs()
+    arguments = (inputs.hidden_TD, inputs.weight_VD, inputs.targets_T)
+    with torch.no_grad():
+        reference_T = linear_token_logps(*arguments)
+
+    def loss_fn(stats: Stats, rows: slice) -> tuple[Tensor, dict]:
+        with torch.no_grad():
+            again_T = linear_token_logps(*(x.detach() for x in arguments[:2]), arguments[2])
+        return (stats.logps * (1 + again_T[rows])).sum(), {}
+
+    loss, _ = linear_loss(*arguments, loss_fn, chunk_rows=10)
+    expected, _ = linear_loss(*arguments, lambda s, rows: ((s.logps * (1 + reference_T[rows])).sum(), {}))
+    assert_close((loss,), (expected,))
+
+
+@pytest.mark.parametrize("tokens", [0, 4])
+def test_no_tokens_and_all_ignored(tokens: int) -> None:
+    inputs = Inputs()
+    targets_T = torch.full((tokens,), -100)
+    loss, metrics = linear_loss(
+        inputs.hidden_TD[:tokens],
+        inputs.weight_VD,
+        targets_T,
+        lambda s, rows: (s.logps.sum(), {"n": s.logps.sum()}),
+    )
+    loss.backward()
+    assert loss == 0
+    assert metrics["n"] == 0
+    assert not inputs.hidden_TD.grad.any()
+    assert not inputs.weight_VD.grad.any()
+
+
+def test_inputs_are_never_written_to() -> None:
+    inputs = Inputs()
+    before = [x.detach().clone() for x in (*inputs.leaves, inputs.targets_T)]
+    loss, _ = linear_loss(
+        inputs.hidden_TD,
+        inputs.weight_VD,
+        inputs.targets_T,
+        inputs.loss_fn,
+        bias_V=inputs.bias_V,
+        chunk_rows=10,
+    )
+    loss.backward()
+    linear_token_logps(
+        inputs.hidden_TD, inputs.weight_VD, inputs.targets_T, bias_V=inputs.bias_V
+    ).sum().backward()
+    assert all(torch.equal(x, y) for x, y in zip(before, (*inputs.leaves, inputs.targets_T)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head", [{}, HEAD])
+def test_low_precision_is_as_good_as_torch(dtype: torch.dtype, head: dict) -> None:
+    """At most twice the error of the plain expression in the same type, measured against float64."""
+    inputs, exact = Inputs(dtype), Inputs(dtype)
+    for name in ("hidden_TD", "weight_VD", "bias_V"):
+        setattr(exact, name, getattr(inputs, name).detach().double().requires_grad_())
+    exact.leaves = (exact.hidden_TD, exact.weight_VD, exact.bias_V)
+    advantage_T = inputs.advantage_T.double()
+    gold_T = exact.expected(**head)
+    gold = torch.autograd.grad((gold_T * advantage_T).sum(), exact.leaves)
+    plain_T = inputs.expected(**head)
+    plain = torch.autograd.grad((plain_T * advantage_T.to(dtype)).sum(), inputs.leaves)
+    loss, _ = linear_loss(
+        inputs.hidden_TD,
+        inputs.weight_VD,
+        inputs.targets_T,
+        inputs.loss_fn,
+        bias_V=inputs.bias_V,
+        chunk_rows=10,
+        **head,
+    )
+    ours_T = linear_token_logps(
+        inputs.hidden_TD, inputs.weight_VD, inputs.targets_T, bias_V=inputs.bias_V, **head
+    )
+    gradients = [
+        torch.autograd.grad(loss, inputs.leaves),
+        torch.autograd.grad((ours_T * advantage_T.float()).sum(), inputs.leaves),
+    ]
+    checks = [(ours_T, plain_T, gold_T)]
+    for got in gradients:
+        checks += list(zip(got, plain, gold))
+    for got, theirs, true in checks:
+        allowed = 2 * float((theirs.double() - true).abs().max()) + 2 * torch.finfo(dtype).eps * float(
+            true.abs().max()
+        )
+        assert float((got.double() - true).abs().max()) <= allowed
+
+
+def test_autocast_casts_the_head_once() -> None:
+    inputs = Inputs(torch.float32)
+    casts = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func.overloadpacket.__name__ == "_to_copy" and result.shape == (V, D):
+                casts.append(result.dtype)
+            return result
+
+    with Casts(), torch.autocast("cpu", torch.bfloat16):
+        loss, _ = linear_loss(
+            inputs.hidden_TD, inputs.weight_VD, inputs.targets_T, inputs.loss_fn, chunk_rows=5
+        )
+    # once to autocast's type and, on a CPU, once to the float32 that its GEMMs run in
+    assert casts == [torch.bfloat16, torch.float32]
+    loss.backward()
+    assert inputs.weight_VD.grad.dtype == torch.float32
+
+
+def test_compiles_into_one_graph() -> None:
+    inputs = Inputs(torch.float32)
+
+    def call(hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
+        loss, metrics = linear_loss(
+            hidden_TD,
+            weight_VD,
+            inputs.targets_T,
+            lambda s, rows: (s.logps.sum(), {"sum": s.logps.sum()}),
+            chunk_rows=16,
+        )
+        return loss + linear_token_logps(hidden_TD, weight_VD, inputs.targets_T).sum(), metrics["sum"]
+
+    expected, _ = call(*inputs.leaves[:2])
+    gradients = torch.autograd.grad(expected, inputs.leaves[:2])
+    got, _ = torch.compile(call, fullgraph=True)(*inputs.leaves[:2])
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got, inputs.leaves[:2]), gradients)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_TD": torch.zeros(T, D + 1)}, r"expected hidden \(T, D\) and weight \(V, D\)"),
+        ({"targets_T": torch.zeros(T, dtype=torch.int32)}, "expected int64 targets"),
+        ({"weight_VD": torch.zeros(V, D, dtype=torch.float32)}, "cast one of them"),
+        ({"targets_T": torch.full((T,), V)}, rf"must lie in \[0, {V}\)"),
+        ({"bias_V": torch.zeros(3)}, "expected a bias of shape"),
+        ({"temperature": 0.0}, "temperature must be a positive number, got 0.0"),
+        ({"softcap": -1.0}, "softcap must be a positive number"),
+        ({"backend": "cuda"}, "is not one of auto, torch, native, triton"),
+    ],
+)
+def test_bad_input_says_what_came(change: dict, message: str) -> None:
+    inputs = Inputs()
+    arguments: dict[str, Any] = {
+        "hidden_TD": inputs.hidden_TD,
+        "weight_VD": inputs.weight_VD,
+        "targets_T": inputs.targets_T,
+        **change,
+    }
+    with pytest.raises(ValueError, match=message):
+        linear_token_logps(**arguments)
+    with pytest.raises(ValueError, match=message):
+        linear_loss(**arguments, loss_fn=inputs.loss_fn)
+
+
+def test_loss_with_a_shape_is_refused() -> None:
+    inputs = Inputs()
+    with pytest.raises(ValueError, match="0-d loss"):
+        linear_loss(inputs.hidden_TD, inputs.weight_VD, inputs.targets_T, lambda s, rows: (s.logps, {}))
