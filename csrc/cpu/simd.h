@@ -196,8 +196,13 @@ ALIGNFAST_INLINE F32 exp(F32 x) {
   return x < kLowest ? F32{} : p * power;
 }
 
-// tanh within 2 units in the last place: a polynomial near 0, where (1 - t) / (1 + t) with t = e^(-2|x|) cancels.
-ALIGNFAST_INLINE F32 tanh(F32 x) {
+struct Tanh {
+  F32 value, slope;
+};
+
+// tanh and its derivative, within 2 and 4 units in the last place. Away from 0 both come from t = e^(-2|x|), where
+// 1 - tanh^2 would cancel; near 0 it is 1 - t that would, so there tanh is a polynomial.
+ALIGNFAST_INLINE Tanh tanh_and_slope(F32 x) {
   const F32 s = x * x;
   F32 p = splat(0.00223106403f);
   p = fma(p, s, splat(-0.00826709079f));
@@ -207,9 +212,12 @@ ALIGNFAST_INLINE F32 tanh(F32 x) {
   p = fma(p, s, splat(-0.333333318f));
   const F32 near_zero = fma(p * s, x, x);
   const F32 t = exp(abs(x) * -2.0f);
-  const F32 far = (1.0f - t) / (1.0f + t);
-  const F32 far_signed = float_of(bits_of(far) | (bits_of(x) & 0x80000000u));
-  return abs(x) < 0.6f ? near_zero : far_signed;
+  const F32 inverse = 1.0f / (1.0f + t);
+  const F32 far = float_of(bits_of((1.0f - t) * inverse) | (bits_of(x) & 0x80000000u));
+  const I32 is_near = abs(x) < 0.6f;
+  return {is_near ? near_zero : far, is_near ? 1.0f - near_zero * near_zero : 4.0f * t * inverse * inverse};
 }
+
+ALIGNFAST_INLINE F32 tanh(F32 x) { return tanh_and_slope(x).value; }
 
 }  // namespace alignfast::ALIGNFAST_ISA
