@@ -1,7 +1,7 @@
 // Statistics of rows of logits and their gradient: kernels/ops/token_logps.py has the definition.
 //
 // A row belongs to one warp (V <= 1024) or one block. Each thread keeps sums of exponentials over its share, relative
-// to a base of its own, and they meet once at the end. The target stays out of the sums and is added last, so that
+// to the largest it has seen, and they meet once at the end. The target stays out of the sums and is added last, so that
 // its log-prob does not lose its digits when it approaches 0.
 //
 // I/O: forward reads the logits once; backward reads and writes them once, and may write onto them. Rows without a
@@ -21,23 +21,23 @@ constexpr int kWarpRowsABlock = 4;  // then four share a block
 constexpr int kBlockThreads = 512;
 constexpr int kUnroll = 4;   // vectors in flight a thread: 512 threads x 64 bytes x 2 blocks hide an SM's latency
 constexpr int64_t kLargestV = 2000000000;  // an index may run past the row by a round of all threads
-constexpr float kSlack = 2;  // a base may lag behind the largest logit by this much, which spares rescaling
-
 constexpr int threads_a_block(int row_threads) {
   return row_threads == kWarpSize ? kWarpSize * kWarpRowsABlock : row_threads;
 }
 
-// x = softcap * tanh(scale * z / softcap) / temperature, or scale * z / temperature, and dx/dz.
+// x = outer * core(z), dx/dz = slope, or (1 - core^2) * slope under a softcap.
 struct Transform {
   float inner, outer, slope;
+  float sign;  // of the scale: sign * z rises with x
   bool capped;
 
   static Transform of(double scale, double softcap, double temperature) {
     const bool capped = softcap > 0;
-    return {static_cast<float>(capped ? scale / softcap : 1), static_cast<float>((capped ? softcap : scale) / temperature),
-            static_cast<float>(scale / temperature), capped};
+    return {static_cast<float>(capped ? scale / softcap : 1),
+            static_cast<float>((capped ? softcap : scale) / temperature),
+            static_cast<float>(scale / temperature), scale < 0 ? -1.0f : 1.0f, capped};
   }
-  __device__ __forceinline__ float operator()(float z) const { return (capped ? tanhf(z * inner) : z) * outer; }
+  __device__ __forceinline__ float core(float z) const { return capped ? tanhf(z * inner) : z; }
 };
 
 struct Rows {
@@ -64,12 +64,12 @@ struct StatsKT {
 
 template <bool kWithEntropy, bool kWithMoments>
 struct Sums {
-  float top = -INFINITY;
-  float base = -FLT_MAX;  // finite, also where all logits are -inf or one is +inf: differences to it are no NaN
-  float exps = 0;         // of e = exp(x - base)
-  float weighted = 0;     // of e * (x - base)
+  float top = -INFINITY;  // largest sign * z
+  float base = -FLT_MAX;  // its x, made finite where it is infinite: differences to it are then no NaN
+  float exps = 0;         // of e = exp(d), d = x - base
+  float weighted = 0;     // of e * d
   float squares = 0;      // of e * e
-  float total = 0;        // of x
+  float total = 0;        // of core(z)
 
   __device__ __forceinline__ void rebase(float to) {
     const float shift = base - to, factor = expf(shift);
@@ -79,15 +79,16 @@ struct Sums {
     base = to;
   }
 
-  __device__ __forceinline__ void raise(float x) {
-    top = fmaxf(top, x);
-    if (top > base + kSlack) rebase(fminf(top, FLT_MAX));
+  __device__ __forceinline__ void raise(float largest, const Transform& transform) {
+    if (!(largest > top)) return;
+    top = largest;
+    rebase(fmaxf(base, fminf(transform.outer * transform.core(transform.sign * top), FLT_MAX)));
   }
 
-  __device__ __forceinline__ void add(float x) {
-    const float distance = x - base, e = __expf(distance);
+  __device__ __forceinline__ void add(float core, float outer) {
+    const float d = fmaf(core, outer, -base), e = __expf(d);
     exps += e;
-    if (kWithEntropy) weighted += distance == -INFINITY ? 0 : e * distance;
+    if (kWithEntropy) weighted += d == -INFINITY ? 0 : e * d;
     if (kWithMoments) squares += e * e;
   }
 
@@ -180,21 +181,22 @@ struct Place {
 __device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
 
 template <bool kWithEntropy, bool kWithMoments>
-__device__ void write_stats(Sums<kWithEntropy, kWithMoments> others, float x_target, int V, const StatsKT& stats_KT,
-                            int64_t row) {
-  const float log_exps = logf(others.exps);
-  const float gap = others.base - x_target + log_exps;  // log-sum-exp of the others, minus the target
-  const bool leads = x_target >= others.top;
+__device__ void write_stats(Sums<kWithEntropy, kWithMoments> sums, float z_target, const Rows& rows, int64_t row,
+                            const StatsKT& stats_KT) {
+  const Transform& transform = rows.transform;
+  const float core = transform.core(z_target), x = transform.outer * core, log_exps = logf(sums.exps);
+  // log-sum-exp of the others, minus the target's x
+  const float gap = fmaf(-transform.outer, core, sums.base) + log_exps;
+  const bool leads = transform.sign * z_target >= sums.top;
   stats_KT.at(kLogps, row) = -softplus(gap);
-  stats_KT.at(kLse, row) =
-      gap > 0 ? others.base + log_exps + log1pf(expf(-gap)) : x_target + log1pf(expf(gap));
-  Sums<kWithEntropy, kWithMoments>& all = others;
-  all.rebase(fminf(fmaxf(all.top, x_target), FLT_MAX));
-  all.add(x_target);
-  stats_KT.at(kEntropy, row) = kWithEntropy ? logf(all.exps) - all.weighted / all.exps : 0;
-  stats_KT.at(kMeanLogit, row) = kWithMoments ? all.total / V : 0;
-  stats_KT.at(kIsTop1, row) = leads && !isnan(all.exps);
-  stats_KT.at(kSumSqProbs, row) = kWithMoments ? all.squares / (all.exps * all.exps) : 0;
+  stats_KT.at(kLse, row) = gap > 0 ? sums.base + log_exps + log1pf(expf(-gap)) : x + log1pf(expf(gap));
+  sums.rebase(fmaxf(sums.base, fminf(transform.outer * core, FLT_MAX)));
+  sums.add(core, transform.outer);
+  const float exps = sums.exps;  // now of all classes
+  stats_KT.at(kEntropy, row) = kWithEntropy ? logf(exps) - sums.weighted / exps : 0;
+  stats_KT.at(kMeanLogit, row) = kWithMoments ? transform.outer * sums.total / rows.vocabulary : 0;
+  stats_KT.at(kIsTop1, row) = leads && !isnan(exps);
+  stats_KT.at(kSumSqProbs, row) = kWithMoments ? sums.squares / (exps * exps) : 0;
 }
 
 template <typename T, int kThreads, bool kWithEntropy, bool kWithMoments>
@@ -211,28 +213,29 @@ __global__ void __launch_bounds__(threads_a_block(kThreads), kThreads == kWarpSi
     return;
   }
   const T* row_V = logits_TV + place.row * rows.row_stride;
-  const float x_target = rows.transform(to_float(row_V[target]));
+  const Transform& transform = rows.transform;
   RowSums sums;
   walk<T, kThreads>(row_V, V, true, place.thread, [&](int first, const auto& z) {
     constexpr int N = sizeof(z) / sizeof(float);
-    float x[N], largest = -INFINITY;
+    float core[N], largest = -INFINITY;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      x[j] = rows.transform(z[j]);
-      if (kWithMoments) sums.total += x[j];
-      if (first + j == target) x[j] = -INFINITY;
-      largest = fmaxf(largest, x[j]);
+      const bool is_target = first + j == target;
+      core[j] = transform.core(z[j]);
+      if (kWithMoments) sums.total += core[j];
+      if (is_target) core[j] = transform.outer > 0 ? -INFINITY : INFINITY;
+      largest = fmaxf(largest, is_target ? -INFINITY : transform.sign * z[j]);
     }
-    sums.raise(largest);
+    sums.raise(largest, transform);
 #pragma unroll
-    for (int j = 0; j < N; ++j) sums.add(x[j]);
+    for (int j = 0; j < N; ++j) sums.add(core[j], transform.outer);
   });
   if constexpr (kThreads == kWarpSize) {
     sums.merge_warp();
   } else {
     merge_block(sums, reinterpret_cast<RowSums*>(dynamic_shared));
   }
-  if (place.thread == 0) write_stats(sums, x_target, V, stats_KT, place.row);
+  if (place.thread == 0) write_stats(sums, to_float(row_V[target]), rows, place.row, stats_KT);
 }
 
 // --- backward ---
@@ -264,9 +267,10 @@ __device__ __forceinline__ Upstream read_upstream(const StatsKT& stats_KT, const
 }
 
 template <bool kWithEntropy, bool kWithMoments>
-__device__ __forceinline__ float gradient(float x, bool is_target, const Upstream& up) {
-  const float logp = x - up.lse, p = expf(logp);  // not __expf: p itself is written, no sum smooths its error
-  // -expm1 of the target's own log-prob, since 1 - p would lose its digits
+__device__ __forceinline__ float gradient(float core, float outer, bool is_target, const Upstream& up) {
+  // expf, not __expf: p itself is written, and no sum smooths its error
+  const float logp = fmaf(core, outer, -up.lse), p = expf(logp);
+  // at the target -expm1 of its log-prob, since 1 - p would lose its digits
   float dx = is_target ? p * up.dlse - up.dlogp * expm1f(up.logp) : p * (up.dlse - up.dlogp);
   if (kWithEntropy && logp != -INFINITY) dx -= up.dentropy * p * (logp + up.entropy);
   if (kWithMoments) dx += up.dmean + 2 * up.dsquares * p * (p - up.sum_sq_probs);
@@ -306,9 +310,10 @@ __global__ void __launch_bounds__(threads_a_block(kThreads), kThreads == kWarpSi
     T dz[N];
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const float t = transform.capped ? tanhf(z[j] * transform.inner) : z[j];
-      const float slope = transform.capped ? (1 - t * t) * transform.slope : transform.slope;
-      dz[j] = from_float<T>(slope * gradient<kWithEntropy, kWithMoments>(t * transform.outer, first + j == target, up));
+      const float core = transform.core(z[j]);
+      const float slope = transform.capped ? (1 - core * core) * transform.slope : transform.slope;
+      const bool is_target = first + j == target;
+      dz[j] = from_float<T>(slope * gradient<kWithEntropy, kWithMoments>(core, transform.outer, is_target, up));
     }
     if constexpr (N == 1) {
       out_V[first] = dz[0];
