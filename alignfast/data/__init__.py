@@ -1,5 +1,6 @@
 """From text to packed batches: formats, chat templates, tokenising, packing, and a check of the data. Knows no model."""
 
+from alignfast.data.check import DataReport, check_file
 from alignfast.data.formats import FORMATS, Rows, load_rows
 from alignfast.data.packing import LAYOUTS, Batch, Tree, cut, pack
 from alignfast.data.sources import DataError
@@ -10,10 +11,12 @@ __all__ = [
     "LAYOUTS",
     "Batch",
     "DataError",
+    "DataReport",
     "PrepareReport",
     "Prepared",
     "Rows",
     "Tree",
+    "check_file",
     "cut",
     "load_rows",
     "pack",

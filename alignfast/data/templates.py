@@ -146,8 +146,8 @@ def _render(
 
     # Not tokenizer.apply_chat_template: it gives the marked characters only as tokens, one conversation a call.
     try:
-        texts, spans = render_jinja_template(
-            conversations=[messages],
+        rendered: Any = render_jinja_template(  # its annotation says str; it gives texts and spans
+            conversations=[list(messages)],
             tools=options.tools,
             chat_template=tokenizer.get_chat_template(None, options.tools),
             return_assistant_tokens_mask=mark,
@@ -156,7 +156,8 @@ def _render(
         )
     except (jinja2.TemplateError, TypeError) as error:  # TypeError: text expected, None found
         raise ValueError(f"the chat template can't render these messages: {error}") from error
-    return texts[0], [(start, end) for start, end in spans[0] if end > start] if mark else []
+    (text,), spans = rendered
+    return text, [(start, end) for start, end in spans[0] if end > start] if mark else []
 
 
 def num_alike(one: Sequence[Any], other: Sequence[Any]) -> int:

@@ -1,0 +1,63 @@
+"""Shares with their 95 % intervals, where rows that share a prompt count for less than as many independent ones.
+
+Wilson, https://doi.org/10.1080/01621459.1927.10502953, with the effective count of rows
+n' = p (1 - p) / var(p),   var(p) = C / (C - 1) * sum_c (sum_{i in c} (x_i - p))^2 / n^2      over C clusters
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+_Z = 1.959964  # two-sided 95 %
+
+
+class Interval(NamedTuple):
+    """An estimated share and its 95 % interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.estimate:.3f} (95 % {self.low:.3f} to {self.high:.3f})"
+
+
+def proportion(hit_N: ArrayLike, cluster_N: ArrayLike | None = None) -> Interval:
+    """Share of true values with its Wilson interval.
+
+    Args:
+        hit_N: truth values, at least one.
+        cluster_N: which rows belong together, e.g. those of one prompt; None takes all as independent.
+
+    Raises:
+        ValueError: there are no values, or not one cluster for each.
+
+    >>> print(proportion([True] * 60 + [False] * 40))
+    0.600 (95 % 0.502 to 0.691)
+    >>> print(proportion([True] * 60 + [False] * 40, cluster_N=[i // 10 for i in range(100)]))
+    0.600 (95 % 0.300 to 0.840)
+    """
+    hit_N = np.asarray(hit_N, np.float64)
+    if not len(hit_N) or (cluster_N is not None and len(np.asarray(cluster_N)) != len(hit_N)):
+        raise ValueError("a share needs at least one value, and a cluster for each value or none")
+    n, p = float(len(hit_N)), float(hit_N.mean())
+    if cluster_N is not None:
+        n = min(n, _effective_count(hit_N, np.asarray(cluster_N), p))
+    center = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
+    # At the ends a bound is the end itself; rounding would leave 1e-18 between them.
+    return Interval(p, center - half if p > 0 else 0.0, center + half if p < 1 else 1.0)
+
+
+def _effective_count(hit_N: np.ndarray, cluster_N: np.ndarray, p: float) -> float:
+    cluster_N = np.unique(cluster_N, return_inverse=True)[1].reshape(-1)
+    excess_C = np.bincount(cluster_N, hit_N - p)
+    C = len(excess_C)
+    if C == 1 or p in (0, 1):  # no variance to estimate: each cluster counts as one row
+        return float(C)
+    variance = C / (C - 1) * float(np.square(excess_C).sum()) / len(hit_N) ** 2
+    return p * (1 - p) / variance if variance > 0 else math.inf

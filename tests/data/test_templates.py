@@ -1,0 +1,115 @@
+"""Where the assistant speaks: by markers, by rendering turn by turn, or refused where a template rewrites turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from alignfast.data.templates import chat_options, render, render_turns, tokens_in_spans
+
+ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + ASK
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}<|im_end|>\n{% endgeneration %}"
+    "{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}" + ASK
+)
+# As Qwen3's: a block of thoughts stands before the last answer alone, and goes when another message follows.
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}" + ASK
+)
+# As R1's: asks with an opened block of thoughts, which a finished conversation does not have.
+OPENED = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+# Writes what ends a conversation after its last message alone.
+ENDED = CHATML.replace("{% endfor %}", "{% if loop.last %}</s>{% endif %}{% endfor %}")
+TOOLED = "{% if tools %}tools: {{ tools | length }} {{ mood }}\n{% endif %}" + CHATML
+
+QUESTION, ANSWER = {"role": "user", "content": "h"}, {"role": "assistant", "content": "ok"}
+TWO_TURNS = [QUESTION, ANSWER, {"role": "user", "content": "e"}, {"role": "assistant", "content": "he"}]
+
+MakeTokenizer = Callable[..., Any]
+
+
+def turns(make_tokenizer: MakeTokenizer, template: str, messages: list[dict[str, Any]]) -> list[str]:
+    text, spans = render_turns(make_tokenizer(chat_template=template), messages, chat_options({}))
+    return [text[start:end] for start, end in spans]
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED, OPENED])
+def test_each_turn_is_found_with_what_ends_it(make_tokenizer: MakeTokenizer, template: str) -> None:
+    assert turns(make_tokenizer, template, TWO_TURNS) == ["ok<|im_end|>\n", "he<|im_end|>\n"]
+
+
+def test_thoughts_that_a_model_would_write_belong_to_its_turn(make_tokenizer: MakeTokenizer) -> None:
+    assert turns(make_tokenizer, THINKING, TWO_TURNS[:2]) == ["<think>\n\n</think>\n\nok<|im_end|>\n"]
+
+
+@pytest.mark.parametrize("template", [THINKING, ENDED])
+def test_templates_that_rewrite_earlier_turns_are_refused(
+    make_tokenizer: MakeTokenizer, template: str
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"renders message 1 .* differently when others follow.* a row of its own"
+    ):
+        turns(make_tokenizer, template, TWO_TURNS)
+
+
+def test_turns_after_tool_results_and_in_a_row(make_tokenizer: MakeTokenizer) -> None:
+    tool = {"role": "tool", "content": "4"}
+    assert turns(make_tokenizer, CHATML, [QUESTION, ANSWER, tool, ANSWER, ANSWER]) == ["ok<|im_end|>\n"] * 3
+
+
+def test_conversations_without_a_findable_turn_are_refused(make_tokenizer: MakeTokenizer) -> None:
+    with pytest.raises(ValueError, match="no assistant turn"):
+        turns(make_tokenizer, CHATML, [QUESTION])
+    with pytest.raises(ValueError, match="begins with the assistant"):
+        turns(make_tokenizer, CHATML, [ANSWER])
+    with pytest.raises(ValueError, match="marks none"):
+        turns(make_tokenizer, MARKED.replace("== 'assistant'", "== 'model'"), TWO_TURNS)
+
+
+def test_a_template_that_refuses_says_why(make_tokenizer: MakeTokenizer) -> None:
+    strict = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match="can't render these messages: roles must alternate"):
+        render(make_tokenizer(chat_template=strict), TWO_TURNS, chat_options({}))
+    adding = make_tokenizer(chat_template="{{ 'ok' + messages[0].content }}")
+    with pytest.raises(ValueError, match="can't render these messages"):  # "ok" + None
+        render(adding, [{"role": "user", "content": None}], chat_options({}))
+
+
+@pytest.mark.parametrize("tools", [[{"name": "add"}], '[{"name": "add"}]'])
+def test_tools_and_variables_reach_the_template(make_tokenizer: MakeTokenizer, tools: Any) -> None:
+    options = chat_options({"tools": tools, "chat_template_kwargs": {"mood": "calm"}})
+    text = render(make_tokenizer(chat_template=TOOLED), [QUESTION], options)
+    assert text == "tools: 1 calm\n<|im_start|>user\nh<|im_end|>\n"
+
+
+@pytest.mark.parametrize("row", [{}, {"tools": None}, {"tools": []}, {"tools": "[]"}, {"tools": ""}])
+def test_no_tools_are_none(row: dict[str, Any]) -> None:
+    assert chat_options(row).tools is None
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"), [("[{", "bad JSON"), ({"name": "add"}, "a list of tools, got dict")]
+)
+def test_tools_of_another_kind_are_refused(tools: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        chat_options({"tools": tools})
+
+
+def test_marked_tokens_equal_transformers_own_mask(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(chat_template=MARKED)
+    text, spans = render_turns(tokenizer, TWO_TURNS, chat_options({}))
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    theirs = tokenizer.apply_chat_template(TWO_TURNS, return_assistant_tokens_mask=True)["assistant_masks"]
+    assert tokens_in_spans(offsets, spans) == [bool(bit) for bit in theirs]
+
+
+def test_all_bytes_of_a_character_at_the_border_belong_to_the_turn(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer()
+    offsets = tokenizer("a\N{GRINNING FACE}b", return_offsets_mapping=True)["offset_mapping"]
+    assert tokens_in_spans(offsets, [(1, 2)]) == [False, True, True, True, True, False]
