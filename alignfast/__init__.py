@@ -1,3 +1,31 @@
 """Fast, exact trainers and kernels for aligning language models."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from alignfast.trainers.dpo import DPOConfig, DPOTrainer
+    from alignfast.trainers.sft import SFTConfig, SFTTrainer
+
 __version__ = "0.1.0"
+__all__ = ["DPOConfig", "DPOTrainer", "SFTConfig", "SFTTrainer", "__version__"]
+
+# Loaded on first use: transformers takes seconds to import, and `alignfast.kernels` does without it.
+_HOMES = {
+    "DPOConfig": "alignfast.trainers.dpo",
+    "DPOTrainer": "alignfast.trainers.dpo",
+    "SFTConfig": "alignfast.trainers.sft",
+    "SFTTrainer": "alignfast.trainers.sft",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'alignfast' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Trainers: a config, the one loop, and what a step of each method computes."""

@@ -1,0 +1,93 @@
+"""The rows of a step shared out over the ranks and cut into micro-batches, with the counts of the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from alignfast.data import Batch, PrepareReport, Tree, cut, pack
+from alignfast.trainers.config import TrainerConfig
+
+Counts = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Rows that a trainer has read.
+
+    Attributes:
+        trees: one a row that was kept.
+        sources: index of each tree's row in what was given, for errors.
+        report: what became of the rows.
+        first: number of the first tree, counted over everything the trainer has read: a row's number is its own.
+    """
+
+    trees: list[Tree]
+    sources: list[int]
+    report: PrepareReport
+    first: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's share of the rows of a step.
+
+    Attributes:
+        runs: rows of each micro-batch of this rank, as positions in the data; equally many on all ranks.
+        num_real: how many of the runs count; the others fill up, with a weight of zero.
+        counts: sums over all rows and ranks; `batches` micro-batches, `tokens` with prompts counted for each answer.
+    """
+
+    runs: list[list[int]]
+    num_real: int
+    counts: Counts
+
+
+def share_out(
+    data: Data,
+    rows: Sequence[int],
+    max_rows: int,
+    config: TrainerConfig,
+    accelerator: Accelerator,
+    count: Callable[[Tree], Counts],
+) -> Share:
+    """Every rank's own rows in runs, and the counts that all ranks agree on. To be called on all ranks.
+
+    Args:
+        data: the trees.
+        rows: positions of the whole step's rows, at least one.
+        max_rows: rows of a micro-batch, unless `max_tokens_per_batch` cuts them.
+        config: for layout and budget.
+        accelerator: for the ranks.
+        count: what a tree adds to the counts.
+    """
+    mine = list(rows[accelerator.process_index :: accelerator.num_processes])
+    trees = [data.trees[row] for row in mine]
+    if config.max_tokens_per_batch is None:
+        ranges = [range(i, min(i + max_rows, len(mine))) for i in range(0, len(mine), max_rows)]
+    else:
+        ranges = cut(trees, config.layout, config.max_tokens_per_batch, [data.sources[row] for row in mine])
+    runs = [[mine[i] for i in places] for places in ranges]
+    mine_counted = {name: 0 for name in count(data.trees[rows[0]])}
+    for tree in trees:
+        for name, number in count(tree).items():
+            mine_counted[name] += number
+    mine_counted["tokens"] = sum(tree.num_tokens_unshared for tree in trees)
+    mine_counted["batches"] = len(runs)
+    counted_WN = accelerator.gather(torch.tensor([[*mine_counted.values()]], device=accelerator.device))
+    counts = dict(zip(mine_counted, counted_WN.sum(0).tolist()))
+    fillers = [[rows[0]]] * (int(counted_WN[:, -1].max()) - len(runs))
+    return Share(runs + fillers, len(runs), counts)
+
+
+def pack_rows(data: Data, rows: Sequence[int], layout: str, pad_id: int | None) -> Batch:
+    """Rows by their positions in the data, packed; the batch's `rows` are their numbers."""
+    return pack([data.trees[row] for row in rows], [data.first + row for row in rows], layout, pad_id)
+
+
+def num_predictions(tree: Tree) -> list[int]:
+    """Tokens of each answer that are predicted and carry loss: without a prompt, nothing predicts the first one."""
+    return [sum(mask if tree.prompt else mask[1:]) for mask in tree.trained]

@@ -1,0 +1,418 @@
+"""The one loop. A trainer is its config, how its rows become trees, and `compute_loss(batch)`; all else is here.
+
+    step = per_device_train_batch_size x gradient_accumulation_steps rows on each rank
+         = micro-batches, each packed, forward and backward, divided by the counts of the whole step on all ranks
+         = one clipped AdamW step, or none where loss or gradient is no number
+
+Which rows make a step is plan.py's affair, how ranks share them batches.py's, what is written saving.py's. DDP and
+FSDP2 average gradients over ranks, so losses are multiplied by the number of ranks.
+
+Not done here: reading data, the model's forward, the maths of a loss.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+from transformers.trainer_utils import TrainOutput
+
+from alignfast.data import Batch, Prepared, Rows, Tree, load_rows
+from alignfast.kernels._targets import bad_targets_seen
+from alignfast.models.load import load_policy, load_tokenizer
+from alignfast.models.policy import Policy
+from alignfast.trainers.batches import Counts, Data, pack_rows, share_out
+from alignfast.trainers.config import TrainerConfig, resolve_config, steps_of
+from alignfast.trainers.estimate import describe_run
+from alignfast.trainers.interrupt import NonFiniteError, StopRequest, TrainingInterrupted
+from alignfast.trainers.machine import keep_cpu_memory, make_accelerator, make_optimizer, make_scheduler
+from alignfast.trainers.metrics import Meter, Metrics
+from alignfast.trainers.model_card import model_card, push_folder
+from alignfast.trainers.plan import make_plan
+from alignfast.trainers.runlog import RunLog
+from alignfast.trainers.saving import find_checkpoint, load_best, load_checkpoint, note_best, save_checkpoint
+from alignfast.trainers.state import save_weights
+
+MAX_SKIPPED_IN_A_ROW = 3
+
+
+class Trainer:
+    """What SFTTrainer, DPOTrainer and the others have in common.
+
+    Args:
+        model: a folder, a hub name, a transformers model or a PEFT model.
+        args: the trainer's config; or give its options here by name, after the others.
+        train_dataset: rows in a format of the trainer's: a file, a `datasets.Dataset`, a list. `dataset` is the same.
+        eval_dataset: rows to evaluate on; a dict of several names each one's metrics.
+        processing_class: the tokenizer, or its name; `tokenizer` is the same. None: the one beside the model.
+        callbacks: transformers' TrainerCallback objects or classes.
+        peft_config: a PEFT config, or a mapping of LoraConfig's options, to train an adapter.
+
+    Raises:
+        TypeError: an option is unknown, or given twice.
+        DataError: a row can't be used; the message names it.
+        ModelRefused: the model can't be trained this way.
+    """
+
+    config_class: ClassVar[type[TrainerConfig]]
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainerConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
+        peft_config: Any = None,
+        *,
+        dataset: Any = None,
+        tokenizer: Any = None,
+        **options: Any,
+    ) -> None:
+        self.args: Any = resolve_config(self.config_class, args, options)
+        args = self.args
+        set_seed(args.seed)
+        self.accelerator = make_accelerator(args)
+        self.module: Policy = load_policy(
+            model,
+            layout=args.layout,
+            backend=args.backend,
+            dtype=args.dtype,
+            peft_config=peft_config,
+            gradient_checkpointing=args.gradient_checkpointing,
+            disable_dropout=args.disable_dropout,
+            trust_remote_code=args.trust_remote_code,
+        )
+        if args.router_aux_loss_coef is not None:
+            self.module.base.router_aux_loss_coef = args.router_aux_loss_coef
+        self.policy: Any = None  # the module as it is called: in DDP, FSDP2 or autocast, once `_wrap` has run
+        self.model = self.module.model
+        given = one_of("processing_class", processing_class, "tokenizer", tokenizer)
+        self.processing_class = load_tokenizer(given, model, trust_remote_code=args.trust_remote_code)
+        self.all_data: list[Data] = []
+        train = one_of("train_dataset", train_dataset, "dataset", dataset)
+        self.train_data = None if train is None else self._read(train)
+        named = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        self.eval_data = {name: self._read(rows) for name, rows in named.items() if rows is not None}
+        if args.eval_strategy != "no" and not self.eval_data:
+            raise ValueError(f"eval_strategy={args.eval_strategy!r} needs an eval_dataset")
+        self.checkpoints: Path = args.folder / "checkpoints"
+        self.control = TrainerControl()
+        self.handler = CallbackHandler(
+            [DefaultFlowCallback, *(callbacks or [])], self.model, self.processing_class, None, None
+        )
+        self._stop = StopRequest()
+        self._reset()
+        self.control = self.handler.on_init_end(args, self.state, self.control)
+
+    # What a trainer defines
+
+    def prepare(self, rows: Rows) -> Prepared:
+        """Rows to trees of tokens."""
+        raise NotImplementedError
+
+    def count(self, tree: Tree) -> Counts:
+        """What a tree adds to the counts by which loss and metrics are divided."""
+        raise NotImplementedError
+
+    def compute_loss(self, batch: Batch, counts: Counts, router_weight: float) -> tuple[Tensor, Metrics]:
+        """A batch's share of loss and metrics: sums over the batch, divided by `counts`, which are the whole step's."""
+        raise NotImplementedError
+
+    def before_training(self) -> None:
+        """What must happen while the model still is as it was given; called before it is wrapped or loaded."""
+
+    # Training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
+        """Run the steps of the plan.
+
+        Args:
+            resume_from_checkpoint: True goes on from the newest complete checkpoint of output_dir, a path from that
+                one; as the option of the same name.
+
+        Returns:
+            transformers' TrainOutput: steps done, mean loss, and the run's figures.
+
+        Raises:
+            NonFiniteError: loss or gradient was no number in three steps in a row.
+            TrainingInterrupted: SIGTERM or SIGINT came; the checkpoint is written. A SystemExit of code 75.
+            ModelRefused: the model can't be trained in this layout.
+        """
+        if self.train_data is None:
+            raise ValueError("train() needs a train_dataset")
+        args = self.args
+        if args.keep_cpu_memory and self.accelerator.device.type == "cpu":
+            keep_cpu_memory()
+        self._reset()
+        folder = self._plan_steps(
+            args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        )
+        self._wrap()
+        self.scheduler = make_scheduler(self.optimizer, args, self.plan.num_steps)
+        self.handler.optimizer, self.handler.lr_scheduler = self.optimizer, self.scheduler
+        if folder is not None:
+            load_checkpoint(self, folder)
+        with ExitStack() as stack:
+            self._stop = stack.enter_context(StopRequest())
+            stack.enter_context(self.module.attached())
+            self.log.open(stack, self.plan.num_steps, self.state.global_step)
+            self.log.say(describe_run(self))
+            if folder is not None:
+                self.log.say(f"going on from {folder}, after step {self.state.global_step}")
+            return self._run()
+
+    def _plan_steps(self, resume: str | bool | None) -> Path | None:
+        """Lay out the run; the checkpoint to go on from."""
+        args, state = self.args, self.state
+        self.plan = make_plan(args, len(self.train_data.trees), self.accelerator.num_processes)
+        num_steps = state.max_steps = self.plan.num_steps
+        state.num_train_epochs = math.ceil(self.plan.epoch(num_steps))
+        state.logging_steps = steps_of(args.logging_steps, num_steps)
+        state.eval_steps = steps_of(args.eval_steps or args.logging_steps, num_steps)
+        state.save_steps = steps_of(args.save_steps, num_steps)
+        return find_checkpoint(self, resume) if resume else None
+
+    def _reset(self) -> None:
+        """Forget an earlier run of this trainer; the weights stay."""
+        self.state = TrainerState(
+            is_local_process_zero=self.accelerator.is_local_main_process,
+            is_world_process_zero=self.accelerator.is_main_process,
+        )
+        self.log = RunLog(self.args, self.accelerator)
+        self._last: dict[str, float] = {}  # gradient norm and learning rate of the last step
+        self._loss_sum, self._steps_here = 0.0, 0
+
+    def _wrap(self) -> None:
+        """Probe the model, then make `policy`, which is what is called: DDP or FSDP2 and autocast around the module."""
+        if self.policy is None:
+            self.before_training()
+            if not self.args.fsdp:
+                self.module.to(self.accelerator.device)
+            self.module.probe()
+            self.module._no_split_modules = self.module.base._no_split_modules  # type: ignore[assignment]
+        self.accelerator.free_memory()
+        self.policy, self._stepper = self.accelerator.prepare(
+            self.module, make_optimizer(self.module, self.args)
+        )
+        self.optimizer: torch.optim.Optimizer = self._stepper.optimizer
+
+    def _run(self) -> TrainOutput:
+        args, state, began = self.args, self.state, time.perf_counter()
+        self.control = self.handler.on_train_begin(args, state, self.control)
+        if args.eval_on_start and state.global_step == 0:
+            self.evaluate()
+        while state.global_step < self.plan.num_steps and not self.control.should_training_stop:
+            if self.plan.ends_epoch(state.global_step):
+                self.control = self.handler.on_epoch_begin(args, state, self.control)
+            self.control = self.handler.on_step_begin(args, state, self.control)
+            stop = self._step(state.global_step)
+            state.global_step += 1
+            state.epoch = self.plan.epoch(state.global_step)
+            self.control = self.handler.on_step_end(args, state, self.control)
+            if self.plan.ends_epoch(state.global_step):
+                self.control = self.handler.on_epoch_end(args, state, self.control)
+            self._after_step(stop)
+        if args.load_best_model_at_end:
+            load_best(self)
+        self.control = self.handler.on_train_end(args, state, self.control)
+        seconds = time.perf_counter() - began
+        figures = {
+            "train_runtime": seconds,
+            "train_steps_per_second": self._steps_here / seconds,
+            "train_samples_per_second": self._steps_here * self.plan.rows_per_step / seconds,
+            "train_loss": self._loss_sum / max(1, self._steps_here),
+        }
+        self.log.write(state, figures)
+        if args.push_to_hub:
+            self.push_to_hub()
+        return TrainOutput(state.global_step, figures["train_loss"], figures)
+
+    def _step(self, step: int) -> bool:
+        """Forward, backward and update of one step. Says whether a signal asked any rank to stop."""
+        began, args, world = time.perf_counter(), self.args, self.accelerator.num_processes
+        rows = self.plan.rows(step)
+        share = share_out(
+            self.train_data, rows, args.per_device_train_batch_size, args, self.accelerator, self.count
+        )
+        self.policy.train()
+        told_2 = torch.zeros(
+            2, dtype=torch.float64, device=self.accelerator.device
+        )  # loss, ranks asked to stop
+        for i, run in enumerate(share.runs):
+            weight = float(i < share.num_real)
+            with nullcontext() if i + 1 == len(share.runs) else self.accelerator.no_sync(self.policy):
+                batch = self._pack(self.train_data, run)
+                loss, metrics = self.compute_loss(batch, share.counts, weight / share.counts["batches"])
+                self.accelerator.backward(loss * (weight * world))
+            if weight:
+                self.log.meter.add({"loss": loss, **metrics})
+                told_2[0] += loss.detach()
+        told_2[1] = float(self._stop.received is not None)
+        grad_norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), args.max_grad_norm or math.inf)
+        loss_value, stop = self.accelerator.reduce(told_2, "sum").tolist()
+        self._last = {
+            "grad_norm": float(getattr(grad_norm, "full_tensor", lambda: grad_norm)()),
+            "learning_rate": self.scheduler.get_last_lr()[0],
+        }
+        self._loss_sum += loss_value
+        self._steps_here += 1
+        self._update(loss_value)
+        self.log.step_done(step + 1, share.counts["tokens"], time.perf_counter() - began)
+        return bool(stop)
+
+    def _update(self, loss: float) -> None:
+        """Let the optimizer step, unless loss or gradient is no number."""
+        args, grad_norm, scaler = self.args, self._last["grad_norm"], self.accelerator.scaler
+        # An infinite gradient is how fp16's loss scale finds its size: the scaler skips such a step and halves.
+        overflow = scaler is not None and math.isfinite(loss) and scaler.get_scale() > 1
+        if math.isfinite(loss) and (math.isfinite(grad_norm) or overflow):
+            self.control = self.handler.on_pre_optimizer_step(args, self.state, self.control)
+            self._stepper.step()
+            self.control = self.handler.on_optimizer_step(args, self.state, self.control)
+            self.log.skipped_in_a_row = 0
+        else:
+            if scaler is not None:
+                scaler.update()
+            self._skip(loss, grad_norm)
+        self.scheduler.step()
+        self._stepper.zero_grad(set_to_none=True)
+
+    def _skip(self, loss: float, grad_norm: float) -> None:
+        self.log.skipped_steps += 1
+        self.log.skipped_in_a_row += 1
+        times, step = self.log.skipped_in_a_row, self.state.global_step + 1
+        what = f"step {step}: loss {loss}, gradient norm {grad_norm}"
+        if self.accelerator.device.type == "cuda" and bad_targets_seen(self.accelerator.device):
+            what += (
+                "; a token id was outside the model's vocabulary, which gives NaN: check tokenizer and model"
+            )
+        self.log.warn(f"{what}; the step is skipped and the weights are as before ({times} in a row)")
+        if times < MAX_SKIPPED_IN_A_ROW:
+            return
+        self._stepper.zero_grad(set_to_none=True)
+        self.log.meter.end_step()
+        self.log.log_steps(self.state, self._last)
+        raise NonFiniteError(
+            f"{what}; {times} steps in a row gave no number. The weights are those before them. Lower learning_rate "
+            "or max_grad_norm, look at the rows of these steps, or go on from an earlier checkpoint"
+        )
+
+    def _after_step(self, stop: bool) -> None:
+        """Log, evaluate and save where the callbacks ask for it; leave where a signal does."""
+        args, control, state = self.args, self.control, self.state
+        if control.should_epoch_stop:
+            raise ValueError(
+                "control.should_epoch_stop is not supported: rows follow from the step; stop the training"
+            )
+        last = state.global_step >= self.plan.num_steps
+        if args.logging_strategy != "no" and (control.should_log or state.global_step >= self.plan.num_steps):
+            row = self.log.log_steps(state, self._last)
+            self.control = self.handler.on_log(args, state, control, row)
+        if stop:
+            folder = save_checkpoint(self)
+            self.log.warn(f"stopped by a signal after step {state.global_step}; its checkpoint is {folder}")
+            raise TrainingInterrupted(str(folder))
+        if control.should_evaluate and self.eval_data:
+            note_best(self, self.evaluate())
+        if control.should_save:
+            save_checkpoint(self)
+            self.control = self.handler.on_save(args, state, control)
+
+    # Evaluation
+
+    def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Loss and metrics on held-out rows: means over all of them, however they are cut into batches.
+
+        Args:
+            eval_dataset: rows; None takes those given to the trainer.
+            metric_key_prefix: what names begin with.
+
+        Raises:
+            ValueError: there are no rows.
+        """
+        data = self.eval_data if eval_dataset is None else {"": self._read(eval_dataset)}
+        if not data:
+            raise ValueError("evaluate() needs an eval_dataset, here or when the trainer is made")
+        if self.policy is None:
+            self._wrap()
+        metrics: dict[str, float] = {}
+        for name, prepared in data.items():
+            prefix = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"
+            metrics |= {prefix + key: value for key, value in self._evaluate_on(prepared).items()}
+        self.log.write(self.state, metrics)
+        self.control = self.handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _evaluate_on(self, data: Data) -> dict[str, float]:
+        began, meter, rows = time.perf_counter(), Meter(self.accelerator.device), range(len(data.trees))
+        share = share_out(
+            data, rows, self.args.per_device_eval_batch_size, self.args, self.accelerator, self.count
+        )
+        self.policy.eval()
+        with torch.no_grad(), self.module.attached():
+            for i, run in enumerate(share.runs):
+                loss, metrics = self.compute_loss(self._pack(data, run), share.counts, 0.0)
+                if i < share.num_real:
+                    meter.add({"loss": loss, **metrics})
+        seconds = time.perf_counter() - began
+        return {**meter.read(self.accelerator), "runtime": seconds, "samples_per_second": len(rows) / seconds}
+
+    # Results
+
+    def save_model(self, output_dir: str | None = None) -> None:
+        """Write model (the adapter alone for PEFT), tokenizer and model card; the folder loads in transformers.
+
+        To be called on all ranks.
+        """
+        folder = Path(output_dir) if output_dir is not None else self.args.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.write_model(folder)
+        if self.accelerator.is_main_process:
+            (folder / "README.md").write_text(model_card(self))
+
+    def write_model(self, folder: Path) -> None:
+        """Write model and tokenizer into a folder that exists; to be called on all ranks."""
+        save_weights(self.model, folder, self.accelerator.is_main_process)
+        if self.accelerator.is_main_process:
+            self.processing_class.save_pretrained(folder)
+
+    def push_to_hub(self) -> None:
+        """Push model, tokenizer and model card to `hub_model_id`; to be called on all ranks."""
+        self.save_model()
+        if self.accelerator.is_main_process:
+            push_folder(self.args)
+
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """Add one more of transformers' callbacks."""
+        self.handler.add_callback(callback)
+
+    @property
+    def pad_id(self) -> int:
+        """What fills padded rows; masked, so that any id will do."""
+        return self.processing_class.pad_token_id or 0
+
+    def _read(self, source: Any) -> Data:
+        prepared = self.prepare(load_rows(source))
+        first = sum(len(data.trees) for data in self.all_data)
+        self.all_data.append(Data(prepared.trees, prepared.rows, prepared.report, first))
+        return self.all_data[-1]
+
+    def _pack(self, data: Data, rows: list[int]) -> Batch:
+        return pack_rows(data, rows, self.args.layout, self.pad_id).to(self.accelerator.device)
+
+
+def one_of(name: str, value: Any, other_name: str, other: Any) -> Any:
+    """The one that was given of two spellings of an argument."""
+    if value is not None and other is not None:
+        raise TypeError(f"{name} and {other_name} are the same: give one of them")
+    return other if value is None else value

@@ -1,0 +1,194 @@
+"""Where the reference's log-probs come from: adapters switched off, a frozen model, a table on disk, or nowhere.
+
+The table is computed once per model and data: its file is named by a hash of the reference's weights, the tokens,
+and what else bears on the numbers. The layout does not, since all layouts give the same log-probs.
+
+Letters: P predictions, N pairs, R rows of all data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from alignfast.data import Batch
+from alignfast.losses import ld_weights
+from alignfast.models.load import load_policy
+from alignfast.models.policy import Policy
+from alignfast.trainers.batches import pack_rows
+
+if TYPE_CHECKING:
+    from alignfast.trainers.dpo import DPOTrainer
+
+PairLogps = tuple[Tensor | None, Tensor | None]
+
+
+class Reference(Protocol):
+    """What a preference trainer asks of its reference."""
+
+    def pair_logps(self, batch: Batch) -> PairLogps:
+        """(chosen_N, rejected_N): log-probs summed over each completion, float32; None where no loss wants them."""
+
+
+class NoReference:
+    """For losses that compare with nothing."""
+
+    def pair_logps(self, batch: Batch) -> PairLogps:
+        return None, None
+
+
+class AdaptersOff:
+    """The trained model without its adapters: no second model in memory."""
+
+    def __init__(self, trainer: DPOTrainer) -> None:
+        self.trainer = trainer
+
+    def pair_logps(self, batch: Batch) -> PairLogps:
+        trainer = self.trainer
+        training = trainer.module.training
+        trainer.policy.eval()  # the reference has no dropout
+        with trainer.module.adapters_off():
+            logps_P = trainer.policy(batch)
+        trainer.policy.train(training)
+        return pair_sums(logps_P, batch.lengths, trainer.args.ld_alpha)
+
+
+class FrozenModel:
+    """A second model, run beside the first."""
+
+    def __init__(self, trainer: DPOTrainer, policy: Policy) -> None:
+        self.trainer = trainer
+        self.policy = policy.to(trainer.accelerator.device).requires_grad_(False).eval()
+
+    def pair_logps(self, batch: Batch) -> PairLogps:
+        with self.policy.attached(), self.trainer.accelerator.autocast():
+            logps_P = self.policy(batch)
+        return pair_sums(logps_P, batch.lengths, self.trainer.args.ld_alpha)
+
+
+class Table:
+    """Log-probs computed beforehand for all rows that the trainer has read."""
+
+    def __init__(self, logps_2R: Tensor) -> None:
+        self.logps_2R = logps_2R
+
+    def pair_logps(self, batch: Batch) -> PairLogps:
+        if max(batch.rows) >= self.logps_2R.shape[1]:
+            raise ValueError(
+                "precompute_ref_log_probs=True knows the rows given when the trainer was made: pass an eval_dataset "
+                "there, since the model that would be its reference has been trained since"
+            )
+        chosen_N, rejected_N = self.logps_2R[:, list(batch.rows)].to(batch.source_P.device)
+        return chosen_N, rejected_N
+
+
+def make_reference(trainer: DPOTrainer, ref_model: Any) -> Reference:
+    """The reference that a trainer's options ask for; to be called while the model is as it was given.
+
+    Raises:
+        ValueError: a reference model is given where none can be used.
+    """
+    args, adapters = trainer.args, hasattr(trainer.model, "disable_adapter")
+    if not args.needs_reference:
+        if ref_model is not None:
+            raise ValueError(f"loss_type={args.loss_type!r} uses no reference: leave ref_model out")
+        return NoReference()
+    if ref_model is None and adapters and not args.precompute_ref_log_probs:
+        return AdaptersOff(trainer)
+    if ref_model is not None:
+        policy = load_policy(
+            ref_model,
+            layout=args.layout,
+            backend=args.backend,
+            dtype=args.dtype if isinstance(ref_model, str) else None,
+            trust_remote_code=args.trust_remote_code,
+        )
+    elif args.precompute_ref_log_probs:
+        policy = trainer.module  # it still is the reference, so that no copy is needed
+    else:
+        trainer.log.say(
+            "the reference is a frozen copy of the model; precompute_ref_log_probs=True gives the same without it"
+        )
+        policy = trainer.module.reference_copy()
+    if not args.precompute_ref_log_probs:
+        return FrozenModel(trainer, policy)
+    table_2R = precomputed(trainer, policy, adapters_off=ref_model is None and adapters)
+    return Table(table_2R)
+
+
+def pair_sums(logps_P: Tensor, lengths: tuple[int, ...], ld_alpha: float | None) -> tuple[Tensor, Tensor]:
+    """Per-token log-probs summed over completions, as (chosen_N, rejected_N), with LD-DPO's weights if any.
+
+    >>> pair_sums(torch.tensor([-1.0, -2.0, -4.0]), (2, 1), None)
+    (tensor([-3.]), tensor([-4.]))
+    """
+    if ld_alpha is not None:
+        logps_P = logps_P * ld_weights(lengths, ld_alpha).to(logps_P.device)
+    lengths_S = torch.tensor(lengths, device=logps_P.device)
+    sums_S = torch.segment_reduce(logps_P, "sum", lengths=lengths_S, initial=0)
+    return sums_S[::2], sums_S[1::2]
+
+
+def precomputed(trainer: DPOTrainer, policy: Policy, adapters_off: bool) -> Tensor:
+    """The table of a reference, read from disk or computed and written there; to be called on all ranks."""
+    accelerator = trainer.accelerator
+    file = trainer.args.folder / "reference" / f"{_key(trainer, policy)}.safetensors"
+    found = file.exists()
+    accelerator.wait_for_everyone()  # all have looked before anyone writes
+    if found:
+        trainer.log.say(f"reference log-probs: {file}")
+        return load_file(file)["logps_2R"]
+    training = policy.training
+    policy.to(accelerator.device).eval()
+    with policy.attached(), accelerator.autocast():
+        if adapters_off:
+            with policy.adapters_off():
+                logps_2R = _compute(trainer, policy)
+        else:
+            logps_2R = _compute(trainer, policy)
+    policy.train(training)
+    if accelerator.is_main_process:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".tmp")
+        save_file({"logps_2R": logps_2R}, temporary)
+        os.replace(temporary, file)
+    return logps_2R
+
+
+def _compute(trainer: DPOTrainer, policy: Policy) -> Tensor:
+    accelerator, args = trainer.accelerator, trainer.args
+    logps_2R = torch.zeros(2, sum(len(data.trees) for data in trainer.all_data), device=accelerator.device)
+    for data in trainer.all_data:
+        mine = range(accelerator.process_index, len(data.trees), accelerator.num_processes)
+        for first in range(0, len(mine), args.per_device_eval_batch_size):
+            rows = mine[first : first + args.per_device_eval_batch_size]
+            batch = pack_rows(data, rows, args.layout, trainer.pad_id).to(accelerator.device)
+            sums = pair_sums(policy(batch), batch.lengths, args.ld_alpha)
+            logps_2R[:, list(batch.rows)] = torch.stack(sums).float()
+    return accelerator.reduce(logps_2R, "sum").cpu()  # every row is zero on all ranks but one
+
+
+def _key(trainer: DPOTrainer, policy: Policy) -> str:
+    digest = hashlib.sha256()
+    _hash_weights(digest, policy.model)
+    for data in trainer.all_data:
+        for tree in data.trees:
+            digest.update(repr((tree.prompt, tree.answers, tree.trained)).encode())
+    digest.update(repr((trainer.args.ld_alpha, trainer.accelerator.mixed_precision)).encode())
+    return digest.hexdigest()[:32]
+
+
+def _hash_weights(digest: Any, model: nn.Module) -> None:
+    for name, tensor in _sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def _sorted(items: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    return sorted(items, key=lambda item: item[0])
