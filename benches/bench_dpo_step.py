@@ -1,0 +1,74 @@
+"""A DPO step with its reference, whole: our trainer and TRL's in processes of their own, one after the other.
+
+Each side runs twice: as it is installed, and with malloc kept from returning memory, since half of the peer's time on
+a CPU is page faults. Step times leave out start-up and the first step. The loss curves must agree within 1e-4.
+`ALIGNFAST_DATA` and `ALIGNFAST_BENCH_MODEL` name the data folder and the 135M model; without them that row is skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import need
+
+# What keeps glibc from giving memory back, and so from faulting it in again
+TUNED = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "20000000000",
+    "MALLOC_TOP_PAD_": "1000000000",
+}
+STEPS = {"tiny": 20, "135m": 8, "long": 4}
+SAME_LOSS = 1e-4
+_RESULTS: dict[tuple[str, str, str], dict[str, Any]] = {}
+
+
+def run(provider: str, shape: str, allocator: str, folder: Path) -> dict[str, Any]:
+    """One process; its result is kept for the comparison at the end."""
+    tuned = TUNED if allocator == "tuned" else {}
+    command = [
+        sys.executable, str(Path(__file__).with_name("dpo_step.py")), "--provider", provider, "--shape", shape,
+        "--steps", str(STEPS[shape]), "--output", str(folder),
+    ]  # fmt: skip
+    done = subprocess.run(command, env={**os.environ, **tuned}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    _RESULTS[shape, allocator, provider] = result
+    return result
+
+
+@pytest.mark.parametrize("shape", ["135m", "long", "tiny"])
+@pytest.mark.parametrize("allocator", ["installed", "tuned"])
+@pytest.mark.parametrize("provider", ["alignfast", "trl"])
+def bench_dpo_step(benchmark, provider: str, allocator: str, shape: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    need("trl")
+    if shape == "135m":
+        for name in ("ALIGNFAST_DATA", "ALIGNFAST_BENCH_MODEL"):
+            if name not in os.environ:
+                pytest.skip(f"{name} is not set")
+    benchmark.group = f"dpo step {shape}, allocator {allocator}"
+    result = benchmark.pedantic(run, args=(provider, shape, allocator, tmp_path), rounds=1)
+    wall, cpu = result["wall"][1:], result["cpu"][1:]
+    benchmark.extra_info.update(
+        {
+            "provider": provider,
+            "shape": shape,
+            "allocator": allocator,
+            "step_s_min": min(wall),
+            "step_s_median": statistics.median(wall),
+            "cpu_s_median": statistics.median(cpu),
+            "peak_mib": result["peak_mib"],
+            "losses": result["losses"],
+        }
+    )
+    peer = _RESULTS.get((shape, allocator, "alignfast"))
+    if provider == "trl" and peer is not None:
+        worst = max(abs(x - y) for x, y in zip(peer["losses"], result["losses"], strict=True))
+        benchmark.extra_info["loss_difference"] = worst
+        assert worst <= SAME_LOSS

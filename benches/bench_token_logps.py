@@ -1,0 +1,128 @@
+"""Log-prob of each target from logits in memory: ours by backend, eager torch, torch.compile, TRL, Liger.
+
+Floor: forward reads the logits once; backward reads them again and writes their gradient.
+Letters: T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from harness import device, measure, need, relative_error
+from torch import Tensor
+
+from alignfast.kernels import report, token_logps
+from alignfast.kernels._backend import resolve
+from alignfast.kernels.token_logps import row_options
+
+SHAPES = [(2048, 32_000), (512, 128_256)] if not torch.cuda.is_available() else [(8192, 128_256)]
+DTYPES = [torch.float32, torch.bfloat16]
+OURS = [f"alignfast {name}" for name, state in report()["token_logps"].items() if state == "available"]
+PROVIDERS = [*OURS, "eager", "compile", "trl", "liger"]
+
+
+def eager(logits_TV: Tensor, targets_T: Tensor, entropy: bool) -> tuple[Tensor, ...]:
+    """The plain expression, in float32."""
+    logps_TV = logits_TV.float().log_softmax(-1)
+    picked_T = logps_TV.gather(1, targets_T[:, None])[:, 0]
+    return (picked_T, -(logps_TV.exp() * logps_TV).sum(-1)) if entropy else (picked_T,)
+
+
+def provider(name: str) -> Callable[[Tensor, Tensor, bool], tuple[Tensor, ...]]:
+    """The same call for everyone: log-probs, and the entropies if asked for."""
+    if name.startswith("alignfast"):
+
+        def ours(logits_TV: Tensor, targets_T: Tensor, entropy: bool) -> tuple[Tensor, ...]:
+            result = token_logps(logits_TV, targets_T, entropy=entropy, backend=name.split()[1])
+            return result if isinstance(result, tuple) else (result,)
+
+        return ours
+    if name == "trl":
+        utils = need("trl.trainer.utils")
+        return lambda logits_TV, targets_T, entropy: (
+            utils.selective_log_softmax_and_entropy(logits_TV, targets_T)
+            if entropy
+            else (utils.selective_log_softmax(logits_TV, targets_T),)
+        )
+    if name == "liger":
+        liger = need("liger_kernel.transformers.functional")
+        return lambda logits_TV, targets_T, entropy: (
+            pytest.skip("Liger has no entropy here")
+            if entropy
+            else (liger.liger_selective_log_softmax(logits_TV[None], targets_T[None])[0],)
+        )
+    return torch.compile(eager) if name == "compile" else eager
+
+
+def inputs(T: int, V: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits_TV = (torch.randn(T, V, generator=generator) * 3).to(device(), dtype)
+    return logits_TV, torch.randint(0, V, (T,), generator=generator).to(device())
+
+
+def errors(name: str, dtype: torch.dtype, entropy: bool) -> tuple[float, float]:
+    """Error against float64 on a few rows, ours and twice the eager one's (plus 2 units in the last place)."""
+    logits_TV, targets_T = inputs(32, 4999, dtype)
+    gold = eager_in_double(logits_TV, targets_T)[entropy]
+    got = provider(name)(logits_TV, targets_T, entropy)[int(entropy)]
+    plain = eager(logits_TV, targets_T, entropy)[int(entropy)]
+    allowed = 2 * relative_error(plain, gold) + 2 * torch.finfo(torch.float32).eps
+    return relative_error(got, gold), allowed
+
+
+def eager_in_double(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
+    logps_TV = logits_TV.double().log_softmax(-1)
+    return logps_TV.gather(1, targets_T[:, None])[:, 0], -(logps_TV.exp() * logps_TV).sum(-1)
+
+
+@pytest.mark.parametrize("entropy", [False, True], ids=["logps", "logps+entropy"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("T", "V"), SHAPES)
+@pytest.mark.parametrize("name", PROVIDERS)
+def bench_forward(benchmark, name: str, T: int, V: int, dtype: torch.dtype, entropy: bool) -> None:  # type: ignore[no-untyped-def]
+    benchmark.group = f"token_logps forward{' with entropy' if entropy else ''}"
+    error, allowed = errors(name, dtype, entropy)
+    if name in ("trl", "liger", "compile"):  # peers are shown with whatever error they have
+        allowed = float("inf")
+    call, (logits_TV, targets_T) = provider(name), inputs(T, V, dtype)
+    with torch.no_grad():
+        measure(
+            benchmark, lambda: call(logits_TV, targets_T, entropy), provider=name, shape=f"{T} x {V} {dtype}"[:40],
+            error=error, allowed_error=allowed, read_bytes=logits_TV.nbytes,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("T", "V"), SHAPES)
+@pytest.mark.parametrize("name", [name for name in PROVIDERS if name != "liger"])
+def bench_forward_backward(benchmark, name: str, T: int, V: int, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
+    benchmark.group = "token_logps forward+backward"
+    call, (logits_TV, targets_T) = provider(name), inputs(T, V, dtype)
+    logits_TV.requires_grad_()
+    upstream_T = torch.randn(T, device=device())
+
+    def step() -> None:
+        torch.autograd.grad(call(logits_TV, targets_T, False)[0], logits_TV, upstream_T)
+
+    measure(benchmark, step, provider=name, shape=f"{T} x {V} {dtype}"[:40], moved_bytes=3 * logits_TV.nbytes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("T", "V"), SHAPES)
+@pytest.mark.parametrize("name", OURS)
+def bench_forward_backward_reused(benchmark, name: str, T: int, V: int, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
+    """As the fused head calls it: the gradient goes into memory that was touched before."""
+    benchmark.group = "token_logps forward+backward, reused buffer"
+    implementation = resolve("token_logps", device(), dtype, name.split()[1])
+    options = row_options(1.0, None, 1.0, -100, ())
+    logits_TV, targets_T = inputs(T, V, dtype)
+    out_TV, dstats_KT = torch.zeros_like(logits_TV), torch.zeros(6, T, device=device())
+    dstats_KT[0] = torch.randn(T, device=device())
+
+    def step() -> None:
+        stats_KT = implementation.forward(logits_TV, targets_T, options)
+        implementation.backward(logits_TV, targets_T, stats_KT, dstats_KT, options, out_TV)
+
+    measure(benchmark, step, provider=name, shape=f"{T} x {V} {dtype}"[:40], moved_bytes=3 * logits_TV.nbytes)
