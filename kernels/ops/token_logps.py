@@ -162,11 +162,14 @@ class _Torch:
         bad_T = outside(targets_T, vocabulary, options.ignore_index)
         index_T1 = targets_T.masked_fill(ignored_T | bad_T, 0)[:, None]
         x_T = x_TV.gather(1, index_T1)[:, 0]
-        others_T = x_TV.scatter(1, index_T1, -math.inf).logsumexp(1)
-        logps_T = -torch.logaddexp(torch.zeros_like(x_T), others_T - x_T)
-        lse_T = torch.logaddexp(others_T, x_T)
+        d_TV, top_T1 = _from_the_top(x_TV)
+        d_T = d_TV.gather(1, index_T1)[:, 0]
+        others_T = d_TV.scatter(1, index_T1, -math.inf).logsumexp(1)
         zero_T = torch.zeros_like(x_T)
-        logp_TV = x_TV - lse_T[:, None]
+        logps_T = -torch.logaddexp(zero_T, others_T - d_T)
+        log_sum_T = torch.logaddexp(others_T, d_T)
+        lse_T = top_T1[:, 0] + log_sum_T
+        logp_TV = d_TV - log_sum_T[:, None]
         p_TV = logp_TV.exp()
         entropy_T = mean_T = top1_T = squares_T = zero_T
         if options.wants(ENTROPY):
@@ -195,7 +198,8 @@ class _Torch:
         bad_T = outside(targets_T, x_TV.shape[1], options.ignore_index)
         index_T1 = targets_T.masked_fill(ignored_T | bad_T, 0)[:, None]
         dlogps_T, dlse_T, dentropy_T, dmean_T, _, dsquares_T = dstats_KT.to(x_TV.dtype)
-        logp_TV = x_TV - stats_KT[LSE, :, None]
+        d_TV, _ = _from_the_top(x_TV)
+        logp_TV = d_TV - d_TV.logsumexp(1, keepdim=True)
         p_TV = logp_TV.exp()
         dx_TV = p_TV * (dlse_T - dlogps_T)[:, None]
         at_target_T1 = p_TV.gather(1, index_T1) * dlse_T[:, None]
@@ -210,6 +214,13 @@ class _Torch:
         dx_TV *= slope_TV
         dx_TV.masked_fill_(bad_T[:, None], math.nan).masked_fill_(ignored_T[:, None], 0)
         out_TV.copy_(dx_TV)
+
+
+def _from_the_top(x_TV: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences to each row's largest entry, and that entry: an lse of 25 is stored to 1e-6, its excess to 1e-8."""
+    limit = torch.finfo(x_TV.dtype).max  # an infinite top would make NaN of every difference
+    top_T1 = x_TV.detach().amax(1, keepdim=True).clamp(-limit, limit)
+    return x_TV - top_T1, top_T1
 
 
 def _transform(logits_TV: Tensor, options: RowOptions) -> tuple[Tensor, Tensor | float]:

@@ -1,0 +1,14 @@
+"""What all tests share: Triton's interpreter where there is no GPU, and the same Hypothesis cases every time."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when it is first imported
+
+settings.register_profile("alignfast", max_examples=300, derandomize=True, deadline=None, database=None)
+settings.load_profile("alignfast")
