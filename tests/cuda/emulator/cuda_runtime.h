@@ -81,25 +81,13 @@ namespace emulator {
 
 template <typename T>
 T shuffle(unsigned mask, T value, int source, int line) {
-  const uint64_t* slots = exchange(mask, value, line);
-  T result;
-  memcpy(&result, &slots[source & (kWarp - 1)], sizeof(T));
-  return result;
-}
-
-inline bool any(unsigned mask, bool value, int line) {
-  const uint64_t* slots = exchange(mask, value, line);
-  for (int i = 0; i < kWarp; ++i) {
-    if (slots[i]) return true;
-  }
-  return false;
+  return read<T>(exchange(mask, value, line)[source & (kWarp - 1)]);
 }
 
 }  // namespace emulator
 
 #define __shfl_sync(mask, value, source) ::emulator::shuffle(mask, value, source, __LINE__)
 #define __shfl_xor_sync(mask, value, bits) ::emulator::shuffle(mask, value, ::emulator::lane() ^ (bits), __LINE__)
-#define __any_sync(mask, value) ::emulator::any(mask, value, __LINE__)
 
 // --- arithmetic ---
 

@@ -60,9 +60,13 @@ struct Fiber {
   uint3 index;
 };
 
+struct Slot {
+  unsigned char bytes[32];
+};
+
 struct Warp {
   Barrier barrier;
-  uint64_t slots[2][kWarp];  // alternate, so that one barrier an exchange is enough
+  Slot slots[2][kWarp];  // alternate, so that one barrier an exchange is enough
 };
 
 inline std::vector<Fiber> fibers;
@@ -106,16 +110,22 @@ inline void sync_block(int line) { wait(block_barrier, static_cast<int>(fibers.s
 
 inline void sync_warp(int line) { wait(warp().barrier, kWarp, line, "a warp's exchange"); }
 
-// Each lane puts down a value and, when all have, reads the whole warp's.
+// Each lane puts down a value and, when all have, sees the whole warp's until the exchange after the next.
 template <typename T>
-const uint64_t* exchange(unsigned mask, T value, int line) {
-  static_assert(sizeof(T) <= sizeof(uint64_t));
+const Slot* exchange(unsigned mask, T value, int line) {
+  static_assert(sizeof(T) <= sizeof(Slot));
   if (mask != 0xffffffffu) fail("only exchanges of whole warps are emulated");
-  uint64_t* slots = warp().slots[current->exchanges++ % 2];
-  slots[lane()] = 0;
+  Slot* slots = warp().slots[current->exchanges++ % 2];
   memcpy(&slots[lane()], &value, sizeof(T));
   sync_warp(line);
   return slots;
+}
+
+template <typename T>
+T read(const Slot& slot) {
+  T value;
+  memcpy(&value, &slot, sizeof(T));
+  return value;
 }
 
 inline void enter() {
