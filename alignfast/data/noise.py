@@ -15,7 +15,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,9 +113,10 @@ class _Features(NamedTuple):
             int(kept_N.sum()), number_N[self.pair_Z[kept_Z]], self.feature_Z[kept_Z], self.value_Z[kept_Z]
         )
 
-    def margins(self, weight_D: NDArray[np.float64]) -> NDArray[np.float64]:
-        weights_Z = self.value_Z * weight_D[self.feature_Z]
-        return np.bincount(self.pair_Z, weights=weights_Z, minlength=self.num_pairs)
+    def margins(
+        self, weight_D: NDArray[np.float64]
+    ) -> NDArray[Any]:  # numpy's stubs say int, whatever the weights
+        return np.bincount(self.pair_Z, self.value_Z * weight_D[self.feature_Z], self.num_pairs)
 
 
 def _features(comparison: Comparison) -> tuple[set[int], set[int]]:

@@ -233,7 +233,7 @@ def _check_layout(layout: str) -> None:
 def _lay_in_a_row(sequences: list[tuple[tuple[int, ...], tuple[int, ...]]], share: bool) -> _Placed:
     groups: dict[Hashable, list[int]] = {}
     for index, (prompt, _) in enumerate(sequences):
-        groups.setdefault(prompt if share and prompt else index, []).append(index)
+        groups.setdefault(prompt if share else index, []).append(index)
     segments: list[tuple[int, ...]] = []
     prompts, answers, row = [], [], 0
     start_S, before_S = np.empty(len(sequences), np.int64), np.empty(len(sequences), np.int64)

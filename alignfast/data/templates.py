@@ -115,21 +115,21 @@ def _turn(
             "the conversation begins with the assistant, so that the start of its turn can't be told from its text; "
             "begin with a user or system message, or use a chat template with {% generation %} markers"
         )
-    before = render(tokenizer, messages[:index], options)
     asked = render(tokenizer, messages[:index], options, add_generation_prompt=True)
     answered = render(tokenizer, messages[: index + 1], options)
-    if not (text.startswith(before) and text.startswith(answered)):
+    start = num_alike(asked, text)
+    alike = text.startswith(answered)
+    if alike and start < len(asked):
+        # The generation prompt may hold what a conversation does not, e.g. an opened block of thoughts; what comes
+        # before it may not differ.
+        before = render(tokenizer, messages[:index], options)
+        alike = text.startswith(before) and start >= len(before)
+    if not alike:
         raise ValueError(
             f"the chat template has no {{% generation %}} markers and renders message {index} or an earlier one "
             "differently when others follow, so that the assistant's turns can't be told apart; make each "
             "assistant turn a row of its own (prompt: the messages before it, completion: the turn), or use a "
             "template with markers"
-        )
-    # The generation prompt may hold more than the conversation does then, e.g. an opened block of thoughts.
-    start = num_alike(asked, text)
-    if start < len(before):
-        raise ValueError(
-            f"the chat template renders what comes before message {index} differently when it is asked"
         )
     return start, len(answered)
 

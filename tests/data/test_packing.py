@@ -153,6 +153,12 @@ def test_budget_none_is_one_run_and_no_trees_are_none() -> None:
     assert cut([], "shared", None) == cut([], "shared", 5) == []
 
 
+def test_shared_budget_counts_a_prompt_once_a_run() -> None:
+    two = [pair(3, 1, 1), pair(3, 1, 1)]  # 3 + 2 tokens, then 2 more
+    assert cut(two, "shared", 7) == [range(2)]
+    assert cut(two, "shared", 6) == cut(two, "packed", 15) == [range(1), range(1, 2)]
+
+
 def test_padded_budget_counts_pad_tokens() -> None:
     # 2 rows of 4 and 2 rows of 2: alone 8 and 4 tokens, together 4 rows of 4 = 16
     assert cut([pair(2, 2, 1), pair(1, 1, 1)], "padded", 15) == [range(1), range(1, 2)]

@@ -24,8 +24,10 @@ THINKING = (
 )
 # As R1's: asks with an opened block of thoughts, which a finished conversation does not have.
 OPENED = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-# Writes what ends a conversation after its last message alone.
-ENDED = CHATML.replace("{% endfor %}", "{% if loop.last %}</s>{% endif %}{% endfor %}")
+# Writes what ends a conversation after its last message alone, as Phi 3's, unless it asks for an answer.
+ENDED = CHATML + "{% if not add_generation_prompt %}</s>{% endif %}"
+# Looks at all messages before it writes the first: the beginning differs with the length.
+COUNTED = "{{ messages | length }}" + CHATML
 TOOLED = "{% if tools %}tools: {{ tools | length }} {{ mood }}\n{% endif %}" + CHATML
 
 QUESTION, ANSWER = {"role": "user", "content": "h"}, {"role": "assistant", "content": "ok"}
@@ -48,14 +50,20 @@ def test_thoughts_that_a_model_would_write_belong_to_its_turn(make_tokenizer: Ma
     assert turns(make_tokenizer, THINKING, TWO_TURNS[:2]) == ["<think>\n\n</think>\n\nok<|im_end|>\n"]
 
 
-@pytest.mark.parametrize("template", [THINKING, ENDED])
+def test_what_ends_the_whole_conversation_belongs_to_a_last_turn(make_tokenizer: MakeTokenizer) -> None:
+    assert turns(make_tokenizer, ENDED, TWO_TURNS[:2]) == ["ok<|im_end|>\n</s>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages"), [(THINKING, TWO_TURNS), (ENDED, TWO_TURNS), (COUNTED, TWO_TURNS[:2])]
+)
 def test_templates_that_rewrite_earlier_turns_are_refused(
-    make_tokenizer: MakeTokenizer, template: str
+    make_tokenizer: MakeTokenizer, template: str, messages: list[dict[str, Any]]
 ) -> None:
     with pytest.raises(
         ValueError, match=r"renders message 1 .* differently when others follow.* a row of its own"
     ):
-        turns(make_tokenizer, template, TWO_TURNS)
+        turns(make_tokenizer, template, messages)
 
 
 def test_turns_after_tool_results_and_in_a_row(make_tokenizer: MakeTokenizer) -> None:

@@ -89,6 +89,14 @@ def test_keep_end_cuts_prompts_and_unlike_ends_share_nothing(make_tokenizer: Mak
     assert prepared.report.trained_tokens == 3 + 2
 
 
+def test_keep_end_where_both_keep_some_of_the_prompt_but_not_as_much(make_tokenizer: MakeTokenizer) -> None:
+    prepared = prepare_preference(load_rows(LONG), make_tokenizer(), max_length=5, truncation_mode="keep_end")
+    assert pair(prepared) == [
+        ([261, 259, 220, 261, 263], [0, 1, 1, 1, 1]),
+        ([71, 220, 261, 258, 263], [0, 0, 0, 1, 1]),
+    ]
+
+
 def test_keep_end_with_answers_of_one_length_still_shares(make_tokenizer: MakeTokenizer) -> None:
     rows = load_rows([{"prompt": "h ok", "chosen": " he", "rejected": " a"}])
     (tree,) = prepare_preference(rows, make_tokenizer(), max_length=4, truncation_mode="keep_end").trees
