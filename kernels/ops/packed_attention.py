@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from alignfast.kernels._backend import native_refusal, register, resolve
+from alignfast.kernels._backend import native_refusal, register, resolve, triton_refusal
 from alignfast.kernels.token_logps import refuse_double_backward
 
 
@@ -55,7 +55,9 @@ class PackedLayout:
         if len(self.prompts) != len(self.answers):
             raise ValueError(f"got {len(self.prompts)} prompts and {len(self.answers)} lists of answers")
         if any(prompt < 0 for prompt in self.prompts) or any(n < 1 for tree in self.answers for n in tree):
-            raise ValueError(f"a prompt has >= 0 tokens, an answer >= 1, got {self.prompts} and {self.answers}")
+            raise ValueError(
+                f"a prompt has >= 0 tokens, an answer >= 1, got {self.prompts} and {self.answers}"
+            )
 
     @classmethod
     def of_sequences(cls, lengths: Iterable[int]) -> PackedLayout:
@@ -224,7 +226,9 @@ def parts_of(layout: PackedLayout, options: AttentionOptions, device: torch.devi
             rows.append(torch.arange(prefix_start + prefix - kept, prefix_start + prefix))
             rows.append(torch.arange(start, start + length))
             key_lengths.append(kept + length)
-        return [Part(slice(None), torch.cat(rows).to(device), lengths, tuple(key_lengths), True, options.window)]
+        return [
+            Part(slice(None), torch.cat(rows).to(device), lengths, tuple(key_lengths), True, options.window)
+        ]
     parts = [Part(slice(None), slice(None), lengths, lengths, True)]
     query_rows, key_rows, query_lengths, key_lengths, start = [], [], [], [], 0
     for prompt, answers in zip(layout.prompts, layout.answers):
@@ -259,7 +263,9 @@ class _Torch:
         out_THE, lse_HT = None, None
         for part in parts_of(layout, options, query_THE.device):
             rows = part.query_rows
-            part_THE, part_HT = attend(query_THE[rows], key_TKE[part.key_rows], value_TKE[part.key_rows], part, options)
+            part_THE, part_HT = attend(
+                query_THE[rows], key_TKE[part.key_rows], value_TKE[part.key_rows], part, options
+            )
             if out_THE is None or lse_HT is None:
                 out_THE, lse_HT = part_THE, part_HT
                 continue
@@ -270,7 +276,9 @@ class _Torch:
             out_THE[rows] = (out_THE[rows] * keep_T + part_THE * take_T).to(out_THE.dtype)
             lse_HT[:, rows] = merged_HT
         if out_THE is None or lse_HT is None:
-            return query_THE.new_zeros(query_THE.shape), query_THE.new_zeros((H, T), dtype=_compute(query_THE))
+            return query_THE.new_zeros(query_THE.shape), query_THE.new_zeros(
+                (H, T), dtype=_compute(query_THE)
+            )
         return out_THE, lse_HT
 
     @staticmethod
@@ -303,7 +311,9 @@ class _Torch:
                 if isinstance(rows, slice):
                     total += gradient
                 else:
-                    total.index_add_(0, rows, gradient.to(compute))  # a gathered key row may come several times
+                    total.index_add_(
+                        0, rows, gradient.to(compute)
+                    )  # a gathered key row may come several times
         return dquery_THE.to(query_THE.dtype), dkey_TKE.to(key_TKE.dtype), dvalue_TKE.to(value_TKE.dtype)
 
 
@@ -352,9 +362,13 @@ def _dense(
     H = query_THE.shape[1]
     outs, lses = [], []
     for queries, keys in _sequences(part):
-        scores_HQN, _ = _scores(_heads_first(query_THE[queries], H), _heads_first(key_NKE[keys], H), part, options)
+        scores_HQN, _ = _scores(
+            _heads_first(query_THE[queries], H), _heads_first(key_NKE[keys], H), part, options
+        )
         lse_HQ = scores_HQN.logsumexp(-1)
-        outs.append(((scores_HQN - lse_HQ[:, :, None]).exp() @ _heads_first(value_NKE[keys], H)).transpose(0, 1))
+        outs.append(
+            ((scores_HQN - lse_HQ[:, :, None]).exp() @ _heads_first(value_NKE[keys], H)).transpose(0, 1)
+        )
         lses.append(lse_HQ)
     if not outs:
         return query_THE.clone(), query_THE.new_zeros((H, 0), dtype=_compute(query_THE))
@@ -391,11 +405,17 @@ def _dense_backward(
 def _flash_takes(query_THE: Tensor, options: AttentionOptions) -> bool:
     """Flash attention: 16-bit tensors on a GPU, heads up to 256 wide; torch's build of it has no softcap."""
     sixteen_bit = query_THE.dtype in (torch.bfloat16, torch.float16)
-    return query_THE.device.type == "cuda" and sixteen_bit and query_THE.shape[2] <= 256 and not options.softcap
+    return (
+        query_THE.device.type == "cuda" and sixteen_bit and query_THE.shape[2] <= 256 and not options.softcap
+    )
 
 
 def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
+    return (
+        torch.tensor([0, *lengths], dtype=torch.int32)
+        .cumsum(0, dtype=torch.int32)
+        .to(device, non_blocking=True)
+    )
 
 
 def _flash(
@@ -449,4 +469,25 @@ class _Native:
     refusal = staticmethod(native_refusal)
 
 
-register("packed_attention", _Torch)
+class _Triton:
+    """packed_attention_triton.py, imported on the first call: triton is optional."""
+
+    name = "triton"
+    refusal = staticmethod(triton_refusal)
+
+    @staticmethod
+    def forward(
+        query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, layout: PackedLayout, options: AttentionOptions
+    ) -> tuple[Tensor, Tensor]:
+        from alignfast.kernels import packed_attention_triton
+
+        return packed_attention_triton.forward(query_THE, key_TKE, value_TKE, layout, options)
+
+    @staticmethod
+    def backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        from alignfast.kernels import packed_attention_triton
+
+        return packed_attention_triton.backward(*inputs)
+
+
+register("packed_attention", _Torch, _Triton)

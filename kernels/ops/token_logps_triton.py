@@ -27,8 +27,8 @@ _IS_TOP1 = tl.constexpr(1 << IS_TOP1)
 
 # Forward: 8 warps of 2 loads a thread, one block ahead, so that 4 programs keep 64 KiB in flight on an SM.
 _LANES, _FORWARD_WARPS = 512, 8
-# Backward: the same depth; a row in chunks, so that few rows still fill the card.
-_BLOCK, _CHUNK, _BACKWARD_WARPS = 4096, 16384, 8
+# Backward: the same depth.
+_BLOCK, _BACKWARD_WARPS = 4096, 8
 
 
 def forward(logits_TV: Tensor, targets_T: Tensor, options: RowOptions) -> Tensor:
@@ -60,13 +60,11 @@ def backward(
     if T == 0:
         return
     block = min(_BLOCK, triton.next_power_of_2(V))
-    chunk = min(_CHUNK, triton.cdiv(V, block) * block)
-    chunks = triton.cdiv(V, chunk)
-    _backward_kernel[(T * chunks,)](
+    _backward_kernel[(T,)](
         logits_TV, targets_T.contiguous(), stats_KT, dstats_KT, out_TV,
         *logits_TV.stride(), *stats_KT.stride(), *dstats_KT.stride(), *out_TV.stride(),
         *_factors(options), options.ignore_index,
-        V=V, WANTED=options.wanted, SOFTCAP=options.softcap > 0, CHUNKS=chunks, CHUNK=chunk, BLOCK=block,
+        V=V, WANTED=options.wanted, SOFTCAP=options.softcap > 0, BLOCK=block,
         num_warps=max(1, _BACKWARD_WARPS * block // _BLOCK),
     )  # fmt: skip
 
@@ -80,8 +78,13 @@ def _factors(options: RowOptions) -> tuple[float, float]:
 
 @triton.jit
 def _transform(z, inner, outer, SOFTCAP: tl.constexpr):
+    """x and dx/dz."""
     z = z.to(tl.float32)
-    return tanh(z * inner) * outer if SOFTCAP else z * outer
+    if SOFTCAP:
+        t = tanh(z * inner)
+        return t * outer, (1.0 - t * t) * (inner * outer)
+    else:
+        return z * outer, outer
 
 
 @triton.jit
@@ -128,7 +131,7 @@ def _forward_kernel(
     logits_ptr += row * row_stride
     columns = tl.arange(0, LANES)[:, None] * PER + tl.arange(0, PER)[None, :]
     pointers = logits_ptr + columns * column_stride
-    x_target = _transform(tl.load(logits_ptr + target * column_stride), inner, outer, SOFTCAP)
+    x_target, _ = _transform(tl.load(logits_ptr + target * column_stride), inner, outer, SOFTCAP)
     m = tl.full([LANES], LOWEST, tl.float32)
     s = tl.zeros([LANES], tl.float32)
     u, q, total = s, s, s
@@ -136,7 +139,7 @@ def _forward_kernel(
     for start in range(0, V, BLOCK):
         pointers += BLOCK * column_stride
         ahead = tl.load(pointers, mask=start + BLOCK + columns < V, other=0.0)
-        x = _transform(z, inner, outer, SOFTCAP)
+        x, _ = _transform(z, inner, outer, SOFTCAP)
         m, s, u, q, total = _fold(x, columns, start, target, m, s, u, q, total, V, BLOCK, WANTED)
         z = ahead
     _finish(stats_ptr, T, x_target, m, s, u, q, total, V, WANTED)
@@ -149,7 +152,8 @@ def _finish(stats_ptr, T, x_target, m, s, u, q, total, V: tl.constexpr, WANTED: 
     shift = tl.maximum(m - m_others, LOWEST)
     keep = tl.exp(shift)
     s_others = tl.sum(keep * s, 0)
-    tl.store(stats_ptr, -softplus(m_others + tl.log(s_others) - x_target))
+    # in this order: m + log s = 10004.4 would keep no digit that counts, m - x = 0 loses none
+    tl.store(stats_ptr, -softplus((m_others - x_target) + tl.log(s_others)))
 
     m_all = tl.maximum(m_others, x_target)
     shift_others = tl.maximum(m_others - m_all, LOWEST)
@@ -187,12 +191,10 @@ def _backward_kernel(
     logits_ptr, targets_ptr, stats_ptr, dstats_ptr, out_ptr,
     row_stride, column_stride, stats_stride, stats_row_stride, dstats_stride, dstats_row_stride,
     out_row_stride, out_column_stride, inner, outer, ignore_index,
-    V: tl.constexpr, WANTED: tl.constexpr, SOFTCAP: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
+    V: tl.constexpr, WANTED: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) // CHUNKS).to(tl.int64)
-    first = tl.program_id(0) % CHUNKS * CHUNK
-    columns = first + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
     out_ptr += row * out_row_stride
     stats_ptr += row * stats_row_stride
     dstats_ptr += row * dstats_row_stride
@@ -212,27 +214,36 @@ def _backward_kernel(
     bad = (target < 0) | (target >= V)
     if ignored | flat | bad:
         fill = tl.full([BLOCK], 0.0, tl.float32) + tl.where(bad & (ignored == 0), float("nan"), 0.0)
-        for start in range(0, CHUNK, BLOCK):
+        for start in range(0, V, BLOCK):
             here = start + columns
             tl.store(out_ptr + here * out_column_stride, fill.to(out_ptr.dtype.element_ty), mask=here < V)
         return
 
     logits_ptr += row * row_stride
-    lse = tl.load(stats_ptr + stats_stride)
-    at_target = -dlogp * expm1(tl.load(stats_ptr))
+    x_target, _ = _transform(tl.load(logits_ptr + target * column_stride), inner, outer, SOFTCAP)
+    tl.debug_barrier()  # `out` may be the logits: no thread writes the target's before all have read it
+    logp_target, lse = tl.load(stats_ptr), tl.load(stats_ptr + stats_stride)
+    # logp = (x - base) + offset: the target's logit and log-prob, or the lse, whichever lost less when stored
+    by_target = tl.abs(logp_target) < tl.abs(lse)
+    base, offset = tl.where(by_target, x_target, lse), tl.where(by_target, logp_target, 0.0)
+    if (tl.abs(logp_target) >= 16.0) & (tl.abs(lse) >= 16.0):
+        # Either lost 5e-7 or more, which is minus the log of the sum of the p that it gives. Few rows of a trained
+        # model are so unlikely, so few are read twice.
+        total = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, V, BLOCK):
+            here = start + columns
+            z = tl.load(logits_ptr + here * column_stride, mask=here < V, other=0.0)
+            x, _ = _transform(z, inner, outer, SOFTCAP)
+            total += tl.where(here < V, tl.exp2(((x - base) + offset) * LOG2E), 0.0)
+        offset -= tl.log(tl.sum(total, 0))
+    at_target = -dlogp * expm1(logp_target)
     target = target.to(tl.int32)
     z = tl.load(logits_ptr + columns * column_stride, mask=columns < V, other=0.0)
-    for start in range(0, CHUNK, BLOCK):
+    for start in range(0, V, BLOCK):
         here, next_columns = start + columns, start + BLOCK + columns
-        # `out` may be the logits: what is read ahead here is written a block later, by this same program
-        in_chunk = next_columns < min(first + CHUNK, V)
-        ahead = tl.load(logits_ptr + next_columns * column_stride, mask=in_chunk, other=0.0)
-        if SOFTCAP:
-            t = tanh(z.to(tl.float32) * inner)
-            x, slope = t * outer, (1.0 - t * t) * (inner * outer)
-        else:
-            x, slope = z.to(tl.float32) * outer, outer
-        logp = x - lse
+        ahead = tl.load(logits_ptr + next_columns * column_stride, mask=next_columns < V, other=0.0)
+        x, slope = _transform(z, inner, outer, SOFTCAP)
+        logp = (x - base) + offset
         p = tl.exp2(logp * LOG2E)
         dx = p * dlse + tl.where(here == target, at_target, -dlogp * p)
         if _ENTROPY & WANTED:

@@ -1,0 +1,443 @@
+"""packed_attention in Triton: every answer walks its prompt and itself as one run of keys, in one softmax.
+
+A sequence's key v lies at row `prompt_start + v` while v is in the prompt, at `start + v - prompt_length` after
+it, so a walk over v needs no second range, no merge and no gathered copy. Backward, a prompt's key is seen by all
+rows from itself to the end of its tree, an answer's by all rows to the answer's end: again one run, of queries.
+
+The query heads that share a key head are rows of one tile, row r being token r // G under head r % G: a short
+answer still fills tiles, keys are read once a group, and their gradients need no sum over heads. No atomics: the
+same input gives the same bits.
+
+Floor on an H100 (798 TF/s bf16) for one causal segment of 8192 tokens, 32 heads of width 128: forward 2 products,
+0.55 TFLOP, 0.69 ms; backward 7 (the scores and dp are formed in both kernels), 1.92 TFLOP, 2.41 ms.
+Predicted, not measured: forward 1.4 ms (400 TF/s), backward 5.5 ms (350 TF/s).
+
+Letters: T tokens, H query heads, K key heads, G = H / K, E head width, EP the next power of two; N blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from alignfast.kernels._triton_math import LN2, LOG2E, LOWEST, tanh
+from alignfast.kernels.packed_attention import AttentionOptions, PackedLayout
+
+_WIDEST = 256
+# (rows of queries, keys, warps, stages) by the bytes of a head's row: what compiles without spills for sm_80 and
+# sm_90. A fixed table: a search at run time would start again at every new batch of lengths.
+_FORWARD = {256: (128, 64, 8, 3), 512: (128, 64, 8, 2), 1024: (32, 32, 4, 1)}
+_DQUERY = {256: (128, 64, 8, 2), 512: (64, 64, 8, 2), 1024: (32, 32, 4, 1)}
+_DKEY = {256: (64, 128, 8, 2), 512: (32, 64, 8, 2), 1024: (32, 32, 4, 1)}
+
+
+def forward(
+    query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, layout: PackedLayout, options: AttentionOptions
+) -> tuple[Tensor, Tensor]:
+    """(out_THE, lse_HT), the log-sum-exps in float32.
+
+    Raises:
+        RuntimeError: the heads are wider than 256.
+    """
+    T, H, E = query_THE.shape
+    if E > _WIDEST:
+        raise RuntimeError(
+            f"Triton attention takes heads up to {_WIDEST} wide, got {E}; pass backend='torch'"
+        )
+    query_THE, key_TKE, value_TKE = (_unit_columns(x) for x in (query_THE, key_TKE, value_TKE))
+    out_THE = torch.empty((T, H, E), dtype=query_THE.dtype, device=query_THE.device)
+    lse_HT = torch.empty((H, T), dtype=torch.float32, device=query_THE.device)
+    if T:
+        rows, keys, launch = _tile(_FORWARD, query_THE)
+        sizes = _sizes(query_THE, key_TKE, options)
+        blocks_N5 = _query_blocks(layout, sizes["G"], rows, query_THE.device)
+        _forward_kernel[(len(blocks_N5) * sizes["K"],)](
+            query_THE, key_TKE, value_TKE, out_THE, lse_HT, blocks_N5, *query_THE.stride()[:2],
+            *key_TKE.stride()[:2], *value_TKE.stride()[:2], T, *options, **sizes, ROWS=rows, KEYS=keys, **launch,
+        )  # fmt: skip
+    return out_THE, lse_HT
+
+
+def backward(
+    dout_THE: Tensor,
+    query_THE: Tensor,
+    key_TKE: Tensor,
+    value_TKE: Tensor,
+    out_THE: Tensor,
+    lse_HT: Tensor,
+    layout: PackedLayout,
+    options: AttentionOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dquery_THE, dkey_TKE, dvalue_TKE), contiguous."""
+    dout_THE, query_THE, key_TKE, value_TKE = (
+        _unit_columns(x) for x in (dout_THE, query_THE, key_TKE, value_TKE)
+    )
+    dquery_THE, dkey_TKE, dvalue_TKE = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query_THE, key_TKE, value_TKE)
+    )
+    T = query_THE.shape[0]
+    if T == 0:
+        return dquery_THE, dkey_TKE, dvalue_TKE
+    device, sizes = query_THE.device, _sizes(query_THE, key_TKE, options)
+    delta_HT = torch.empty_like(lse_HT)
+    strides = [x.stride(k) for x in (dout_THE, query_THE, key_TKE, value_TKE) for k in (0, 1)]
+
+    rows, keys, launch = _tile(_DQUERY, query_THE)
+    blocks_N5 = _query_blocks(layout, sizes["G"], rows, device)
+    _dquery_kernel[(len(blocks_N5) * sizes["K"],)](
+        dout_THE, query_THE, key_TKE, value_TKE, out_THE, lse_HT, delta_HT, dquery_THE, blocks_N5, *strides,
+        T, *options, **sizes, ROWS=rows, KEYS=keys, **launch,
+    )  # fmt: skip
+    rows, keys, launch = _tile(_DKEY, query_THE)
+    blocks_N3 = _key_blocks(layout, keys, options.window, device)
+    positions_T = _positions(layout, device) if options.window else lse_HT  # not read without a window
+    _dkey_kernel[(len(blocks_N3) * sizes["K"],)](
+        dout_THE, query_THE, key_TKE, value_TKE, lse_HT, delta_HT, positions_T, dkey_TKE, dvalue_TKE, blocks_N3,
+        *strides, T, *options, **sizes, ROWS=rows, KEYS=keys, **launch,
+    )  # fmt: skip
+    return dquery_THE, dkey_TKE, dvalue_TKE
+
+
+def _unit_columns(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _sizes(query_THE: Tensor, key_TKE: Tensor, options: AttentionOptions) -> dict[str, int | bool]:
+    _, K, E = key_TKE.shape
+    return {
+        "K": K,
+        "G": query_THE.shape[1] // K,
+        "E": E,
+        "EP": max(16, triton.next_power_of_2(E)),  # a product wants at least 16
+        "WINDOW": options.window > 0,
+        "SOFTCAP": options.softcap > 0,
+        "WIDEN": query_THE.device.type == "cpu",  # the interpreter multiplies the bit patterns of bfloat16
+    }
+
+
+def _tile(table: dict[int, tuple[int, int, int, int]], query_THE: Tensor) -> tuple[int, int, dict[str, int]]:
+    row_bytes = max(256, triton.next_power_of_2(query_THE.shape[2]) * query_THE.element_size())
+    rows, keys, warps, stages = table[row_bytes]
+    return rows, keys, {"num_warps": warps, "num_stages": stages}
+
+
+# Cached by the layout: every layer of a model asks for the same tables.
+@functools.lru_cache(maxsize=32)
+def _query_blocks(layout: PackedLayout, group: int, rows: int, device: torch.device) -> Tensor:
+    """(first row, start, length, prompt_start, prompt_length) of each tile of queries, those with most keys first."""
+    blocks = [
+        (first, *segment) for segment in layout.segments for first in range(0, segment[1] * group, rows)
+    ]
+    blocks.sort(key=lambda block: -(block[4] + min(block[2], (block[0] + rows) // group)))
+    return _on(device, blocks)
+
+
+@functools.lru_cache(maxsize=32)
+def _key_blocks(layout: PackedLayout, keys: int, window: int, device: torch.device) -> Tensor:
+    """(first key, end of its segment, end of the queries that see it) of each tile of keys, longest walk first."""
+    spans, start = [], 0
+    for prompt, answers in zip(layout.prompts, layout.answers):
+        tree_end = start + prompt + sum(answers)
+        for index, length in enumerate((prompt, *answers)):
+            spans.append((start, start + length, tree_end if index == 0 else start + length))
+            start += length
+    blocks = []
+    for start, end, seen_until in spans:
+        for first in range(start, end, keys):
+            last = min(first + keys, end) - 1
+            # The nearest query past the segment stands at `end`; where it is out of the window, so are the others.
+            reach = last + window if window and end - last >= window else seen_until
+            blocks.append((first, end, min(reach, seen_until)))
+    blocks.sort(key=lambda block: block[0] - block[2])
+    return _on(device, blocks)
+
+
+@functools.lru_cache(maxsize=32)
+def _positions(layout: PackedLayout, device: torch.device) -> Tensor:
+    return layout.positions().to(torch.int32).to(device, non_blocking=True)
+
+
+def _on(device: torch.device, blocks: list[tuple[int, ...]]) -> Tensor:
+    return torch.tensor(blocks, dtype=torch.int32).to(device, non_blocking=True)
+
+
+@triton.jit
+def _load(ptr, offsets, inside, columns, E: tl.constexpr):
+    """A tile (rows, EP) from rows at `offsets`; zeros outside."""
+    return tl.load(
+        ptr + offsets[:, None] + columns[None, :], mask=inside[:, None] & (columns < E)[None, :], other=0.0
+    )
+
+
+@triton.jit
+def _store(ptr, offsets, inside, columns, tile, E: tl.constexpr):
+    tile = tile.to(ptr.dtype.element_ty)
+    tl.store(ptr + offsets[:, None] + columns[None, :], tile, mask=inside[:, None] & (columns < E)[None, :])
+
+
+@triton.jit
+def _dot(a, b, acc, WIDEN: tl.constexpr):
+    if WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")  # for float32; the default, TF32, keeps 10 bits
+
+
+@triton.jit
+def _scores(a, b, scale, softcap, SOFTCAP: tl.constexpr, WIDEN: tl.constexpr):
+    """Scores in units of log 2, so that exp2 is the softmax's exponential, and d score / d (a . b) over `scale`."""
+    s = _dot(a, tl.trans(b), None, WIDEN) * (scale * LOG2E)
+    slope = 1.0
+    if SOFTCAP:
+        t = tanh(s * (LN2 / softcap))
+        s, slope = t * (softcap * LOG2E), 1.0 - t * t
+    return s, slope
+
+
+@triton.jit
+def _query_tile(blocks_ptr, K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr):
+    """A program's block of queries: heads, rows, positions, which of them exist; and its sequence's lie."""
+    block = blocks_ptr + tl.program_id(0) // K * 5
+    first, start, length = tl.load(block), tl.load(block + 1), tl.load(block + 2)
+    prompt_start, prompt_length = tl.load(block + 3), tl.load(block + 4)
+    r = first + tl.arange(0, ROWS)
+    heads = tl.program_id(0) % K * G + r % G
+    token = r // G
+    return (
+        heads,
+        start + token,
+        prompt_length + token,
+        token < length,
+        first,
+        start,
+        length,
+        prompt_start,
+        prompt_length,
+    )
+
+
+@triton.jit
+def _key_range(
+    first, length, prompt_length, window,
+    G: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """The keys of a block of queries: from `low` to `high`, and up to `full` seen by every query."""
+    nearest = prompt_length + first // G  # the first query's position
+    high = prompt_length + tl.minimum((first + ROWS - 1) // G + 1, length)
+    low = 0
+    full = (nearest + 1) // KEYS * KEYS
+    if WINDOW:
+        low = tl.maximum(nearest - window + 1, 0) // KEYS * KEYS
+        full = low
+    return low, full, high
+
+
+@triton.jit
+def _key_tile(first, high, start, prompt_start, prompt_length, KEYS: tl.constexpr):
+    """Positions of a block of a sequence's keys, their rows, and which of them exist."""
+    v = first + tl.arange(0, KEYS)
+    rows = v + tl.where(v < prompt_length, prompt_start, start - prompt_length)
+    return v, rows.to(tl.int64), v < high
+
+
+@triton.jit
+def _unseen(positions, v, inside, window, WINDOW: tl.constexpr):
+    """-inf where a query does not see a key, else 0."""
+    distance = positions[:, None] - v[None, :]
+    seen = (distance >= 0) & inside[None, :]
+    if WINDOW:
+        seen = seen & (distance < window)
+    return tl.where(seen, 0.0, -float("inf"))
+
+
+@triton.jit
+def _attend(
+    q, positions, acc, m, total, k_ptr, v_ptr, k_stride, v_stride, columns, low, high, limit,
+    start, prompt_start, prompt_length, scale, softcap, window,
+    E: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Take the keys from `low` to `high` into the running softmax."""
+    for first in range(low, high, KEYS):
+        v, rows, inside = _key_tile(first, limit, start, prompt_start, prompt_length, KEYS)
+        k = _load(k_ptr, rows * k_stride, inside, columns, E)
+        s, _ = _scores(q, k, scale, softcap, SOFTCAP, WIDEN)
+        if MASKED:
+            s += _unseen(positions, v, inside, window, WINDOW)
+        m_new = tl.maximum(m, tl.max(s, 1))
+        keep = tl.exp2(m - m_new)
+        p = tl.exp2(s - m_new[:, None])
+        total = total * keep + tl.sum(p, 1)
+        value = _load(v_ptr, rows * v_stride, inside, columns, E)
+        acc = _dot(p.to(value.dtype), value, acc * keep[:, None], WIDEN)
+        m = m_new
+    return acc, m, total
+
+
+@triton.jit(do_not_specialize=["T", "window"])
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, blocks_ptr,
+    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, T, scale, window, softcap,
+    K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, WIDEN: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    heads, rows, positions, exists, first, start, length, prompt_start, prompt_length = _query_tile(
+        blocks_ptr, K, G, ROWS
+    )
+    low, full, high = _key_range(first, length, prompt_length, window, G, ROWS, KEYS, WINDOW)
+    columns = tl.arange(0, EP)
+    rows = rows.to(tl.int64)
+    k_ptr += tl.program_id(0) % K * k_head_stride
+    v_ptr += tl.program_id(0) % K * v_head_stride
+    q = _load(q_ptr, rows * q_stride + heads * q_head_stride, exists, columns, E)
+    acc = tl.zeros([ROWS, EP], tl.float32)
+    m = tl.full([ROWS], LOWEST, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    if not WINDOW:
+        acc, m, total = _attend(
+            q, positions, acc, m, total, k_ptr, v_ptr, k_stride, v_stride, columns, low, full, high,
+            start, prompt_start, prompt_length, scale, softcap, window, E, KEYS, False, WINDOW, SOFTCAP, WIDEN,
+        )  # fmt: skip
+    acc, m, total = _attend(
+        q, positions, acc, m, total, k_ptr, v_ptr, k_stride, v_stride, columns, full, high, high,
+        start, prompt_start, prompt_length, scale, softcap, window, E, KEYS, True, WINDOW, SOFTCAP, WIDEN,
+    )  # fmt: skip
+    _store(out_ptr, (rows * K * G + heads) * E, exists, columns, acc / total[:, None], E)
+    tl.store(lse_ptr + heads.to(tl.int64) * T + rows, (m + tl.log2(total)) * LN2, mask=exists)
+
+
+@triton.jit
+def _dquery_walk(
+    dq, q, dout, lse, delta, positions, k_ptr, v_ptr, k_stride, v_stride, columns, low, high, limit,
+    start, prompt_start, prompt_length, scale, softcap, window,
+    E: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    WIDEN: tl.constexpr,
+):  # fmt: skip
+    for first in range(low, high, KEYS):
+        v, rows, inside = _key_tile(first, limit, start, prompt_start, prompt_length, KEYS)
+        k = _load(k_ptr, rows * k_stride, inside, columns, E)
+        value = _load(v_ptr, rows * v_stride, inside, columns, E)
+        s, slope = _scores(q, k, scale, softcap, SOFTCAP, WIDEN)
+        if MASKED:
+            s += _unseen(positions, v, inside, window, WINDOW)
+        p = tl.exp2(s - lse[:, None])
+        dp = _dot(dout, tl.trans(value), None, WIDEN)
+        ds = p * (dp - delta[:, None]) * slope
+        dq = _dot(ds.to(k.dtype), k, dq, WIDEN)
+    return dq
+
+
+@triton.jit(do_not_specialize=["T", "window"])
+def _dquery_kernel(
+    dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, delta_ptr, dq_ptr, blocks_ptr,
+    dout_stride, dout_head_stride, q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
+    T, scale, window, softcap,
+    K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, WIDEN: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """dq, and delta = sum dout * out of every query, which the kernel of the keys reads."""
+    heads, rows, positions, exists, first, start, length, prompt_start, prompt_length = _query_tile(
+        blocks_ptr, K, G, ROWS
+    )
+    low, full, high = _key_range(first, length, prompt_length, window, G, ROWS, KEYS, WINDOW)
+    columns = tl.arange(0, EP)
+    rows = rows.to(tl.int64)
+    k_ptr += tl.program_id(0) % K * k_head_stride
+    v_ptr += tl.program_id(0) % K * v_head_stride
+    packed = (rows * K * G + heads) * E
+    q = _load(q_ptr, rows * q_stride + heads * q_head_stride, exists, columns, E)
+    dout = _load(dout_ptr, rows * dout_stride + heads * dout_head_stride, exists, columns, E)
+    out = _load(out_ptr, packed, exists, columns, E)
+    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    at = heads.to(tl.int64) * T + rows
+    tl.store(delta_ptr + at, delta, mask=exists)
+    lse = tl.load(lse_ptr + at, mask=exists, other=0.0) * LOG2E
+    dq = tl.zeros([ROWS, EP], tl.float32)
+    if not WINDOW:
+        dq = _dquery_walk(
+            dq, q, dout, lse, delta, positions, k_ptr, v_ptr, k_stride, v_stride, columns, low, full, high,
+            start, prompt_start, prompt_length, scale, softcap, window, E, KEYS, False, WINDOW, SOFTCAP, WIDEN,
+        )  # fmt: skip
+    dq = _dquery_walk(
+        dq, q, dout, lse, delta, positions, k_ptr, v_ptr, k_stride, v_stride, columns, full, high, high,
+        start, prompt_start, prompt_length, scale, softcap, window, E, KEYS, True, WINDOW, SOFTCAP, WIDEN,
+    )  # fmt: skip
+    _store(dq_ptr, packed, exists, columns, dq * scale, E)
+
+
+@triton.jit
+def _dkey_walk(
+    dk, dv, k, value, keys, positions, dout_ptr, q_ptr, lse_ptr, delta_ptr, positions_ptr, dout_stride,
+    dout_head_stride, q_stride, q_head_stride, T, columns, low, high, limit, scale, softcap, window,
+    G: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Queries `low` to `high`, counted over the heads of the group too. Rows past `limit` load as zeros: no share."""
+    for first in range(low, high, ROWS):
+        r = first + tl.arange(0, ROWS)
+        inside = r < limit
+        rows, heads = (r // G).to(tl.int64), r % G
+        q = _load(q_ptr, rows * q_stride + heads * q_head_stride, inside, columns, E)
+        dout = _load(dout_ptr, rows * dout_stride + heads * dout_head_stride, inside, columns, E)
+        at = heads.to(tl.int64) * T + rows
+        lse = tl.load(lse_ptr + at, mask=inside, other=0.0) * LOG2E
+        delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
+        s, slope = _scores(k, q, scale, softcap, SOFTCAP, WIDEN)
+        p = tl.exp2(s - lse[None, :])
+        if MASKED:
+            p = tl.where(keys[:, None] <= rows[None, :], p, 0.0)
+        if WINDOW:
+            at_position = tl.load(positions_ptr + rows, mask=inside, other=0)
+            p = tl.where(at_position[None, :] - positions[:, None] < window, p, 0.0)
+        dv = _dot(p.to(dout.dtype), dout, dv, WIDEN)
+        dp = _dot(value, tl.trans(dout), None, WIDEN)
+        ds = p * (dp - delta[None, :]) * slope
+        dk = _dot(ds.to(q.dtype), q, dk, WIDEN)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["T", "window"], do_not_specialize_on_alignment=["positions_ptr"])
+def _dkey_kernel(
+    dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, positions_ptr, dk_ptr, dv_ptr, blocks_ptr,
+    dout_stride, dout_head_stride, q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
+    T, scale, window, softcap,
+    K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, WIDEN: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a block of keys. A query sees a key when it lies at or after it: in rows, within the block's span."""
+    tl.static_assert(KEYS % ROWS == 0)  # the diagonal ends where a block of queries does
+    block = blocks_ptr + tl.program_id(0) // K * 3
+    first, end, seen_until = tl.load(block), tl.load(block + 1), tl.load(block + 2)
+    head = tl.program_id(0) % K
+    columns = tl.arange(0, EP)
+    keys = (first + tl.arange(0, KEYS)).to(tl.int64)
+    exists = keys < end
+    k = _load(k_ptr + head * k_head_stride, keys * k_stride, exists, columns, E)
+    value = _load(v_ptr + head * v_head_stride, keys * v_stride, exists, columns, E)
+    positions = keys
+    if WINDOW:
+        positions = tl.load(positions_ptr + keys, mask=exists, other=0)
+    q_ptr += head * G * q_head_stride
+    dout_ptr += head * G * dout_head_stride
+    lse_ptr += (head * G).to(tl.int64) * T
+    delta_ptr += (head * G).to(tl.int64) * T
+    dk = tl.zeros([KEYS, EP], tl.float32)
+    dv = tl.zeros([KEYS, EP], tl.float32)
+    limit = seen_until * G
+    diagonal = tl.minimum((first + KEYS) * G, limit)
+    dk, dv = _dkey_walk(
+        dk, dv, k, value, keys, positions, dout_ptr, q_ptr, lse_ptr, delta_ptr, positions_ptr, dout_stride,
+        dout_head_stride, q_stride, q_head_stride, T, columns, first * G, diagonal, limit, scale, softcap, window,
+        G, E, ROWS, True, WINDOW, SOFTCAP, WIDEN,
+    )  # fmt: skip
+    dk, dv = _dkey_walk(
+        dk, dv, k, value, keys, positions, dout_ptr, q_ptr, lse_ptr, delta_ptr, positions_ptr, dout_stride,
+        dout_head_stride, q_stride, q_head_stride, T, columns, diagonal, limit, limit, scale, softcap, window,
+        G, E, ROWS, False, WINDOW, SOFTCAP, WIDEN,
+    )  # fmt: skip
+    packed = (keys * K + head) * E
+    _store(dk_ptr, packed, exists, columns, dk * scale, E)
+    _store(dv_ptr, packed, exists, columns, dv, E)
