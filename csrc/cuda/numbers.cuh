@@ -37,6 +37,10 @@ __device__ __forceinline__ __half from_float<__half>(float value) {
   return __float2half(value);
 }
 
+__host__ __device__ __forceinline__ int misalignment(const void* pointer) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(pointer) % kVectorBytes);
+}
+
 // 16 bytes of elements, moved by one instruction.
 template <typename T>
 struct alignas(kVectorBytes) Vector {
@@ -48,14 +52,30 @@ struct alignas(kVectorBytes) Vector {
     *reinterpret_cast<uint4*>(&vector) = *reinterpret_cast<const uint4*>(aligned);
     return vector;
   }
+
+  // From anywhere, by the two aligned loads that the elements straddle. These also read up to 14 bytes before and
+  // behind, which belong to whatever shares its 16 bytes with an element, and drop them.
+  static __device__ __forceinline__ Vector load_across(const T* anywhere) {
+    const int off = misalignment(anywhere);
+    if (off == 0) return load(anywhere);
+    const uint4* aligned = reinterpret_cast<const uint4*>(reinterpret_cast<uintptr_t>(anywhere) - off);
+    const uint4 low = aligned[0], high = aligned[1];
+    uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int i = 0; i < 6; ++i) words[i] = off & 8 ? words[i + 2] : words[i];
+#pragma unroll
+    for (int i = 0; i < 5; ++i) words[i] = off & 4 ? words[i + 1] : words[i];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = off & 2 ? __funnelshift_r(words[i], words[i + 1], 16) : words[i];
+    Vector vector;
+    *reinterpret_cast<uint4*>(&vector) = make_uint4(words[0], words[1], words[2], words[3]);
+    return vector;
+  }
+
   __device__ __forceinline__ void store(T* aligned) const {
     *reinterpret_cast<uint4*>(aligned) = *reinterpret_cast<const uint4*>(this);
   }
 };
-
-__host__ __device__ __forceinline__ int misalignment(const void* pointer) {
-  return static_cast<int>(reinterpret_cast<uintptr_t>(pointer) % kVectorBytes);
-}
 
 // Calls visit(T{}) with the type that the number names.
 template <typename Visit>

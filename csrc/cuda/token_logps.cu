@@ -62,41 +62,47 @@ struct StatsKT {
 
 // --- sums over a row ---
 
+__device__ __forceinline__ float finite(float x) { return fmaxf(fminf(x, FLT_MAX), -FLT_MAX); }
+
 template <bool kWithEntropy, bool kWithMoments>
 struct Sums {
   float top = -INFINITY;  // largest sign * z
-  float base = -FLT_MAX;  // its x, made finite where it is infinite: differences to it are then no NaN
-  float exps = 0;         // of e = exp(d), d = x - base
+  float base = 0;         // its core, made finite where it is infinite: differences to it are then no NaN
+  float exps = 0;         // of e = exp(d), d = (core - base) * outer: 0 and 1 exactly for the largest
   float weighted = 0;     // of e * d
   float squares = 0;      // of e * e
-  float total = 0;        // of core(z)
+  float total = 0;        // of core
 
-  __device__ __forceinline__ void rebase(float to) {
-    const float shift = base - to, factor = expf(shift);
-    if (kWithEntropy) weighted = factor > 0 ? factor * (weighted + exps * shift) : 0;
-    if (kWithMoments) squares *= factor * factor;
-    exps *= factor;
+  __device__ __forceinline__ void rebase(float to, float outer) {
+    if (base != to && exps != 0) {
+      const float shift = (base - to) * outer, factor = expf(shift);
+      if (kWithEntropy) weighted = factor > 0 ? factor * (weighted + exps * shift) : 0;
+      if (kWithMoments) squares *= factor * factor;
+      exps *= factor;
+    }
     base = to;
   }
 
   __device__ __forceinline__ void raise(float largest, const Transform& transform) {
     if (!(largest > top)) return;
     top = largest;
-    rebase(fmaxf(base, fminf(transform.outer * transform.core(transform.sign * top), FLT_MAX)));
+    rebase(finite(transform.core(transform.sign * top)), transform.outer);
   }
 
   __device__ __forceinline__ void add(float core, float outer) {
-    const float d = fmaf(core, outer, -base), e = __expf(d);
+    const float d = (core - base) * outer, e = __expf(d);
     exps += e;
     if (kWithEntropy) weighted += d == -INFINITY ? 0 : e * d;
     if (kWithMoments) squares += e * e;
   }
 
-  __device__ __forceinline__ void merge(Sums other) {
-    top = fmaxf(top, other.top);
-    const float to = fmaxf(base, other.base);
-    rebase(to);
-    other.rebase(to);
+  __device__ __forceinline__ void merge(Sums other, float outer) {
+    if (other.top > top) {
+      rebase(other.base, outer);
+      top = other.top;
+    } else {
+      other.rebase(base, outer);
+    }
     exps += other.exps;
     weighted += other.weighted;
     squares += other.squares;
@@ -114,56 +120,52 @@ struct Sums {
     return other;
   }
 
-  __device__ __forceinline__ void merge_warp() {
-    for (int bits = kWarpSize / 2; bits > 0; bits /= 2) merge(from_lane(bits));
+  __device__ __forceinline__ void merge_warp(float outer) {
+    for (int bits = kWarpSize / 2; bits > 0; bits /= 2) merge(from_lane(bits), outer);
   }
 };
 
 // Sums of all warps of the block, for its first warp.
 template <typename AnySums>
-__device__ __forceinline__ void merge_block(AnySums& sums, AnySums* shared_W) {
+__device__ __forceinline__ void merge_block(AnySums& sums, AnySums* shared_W, float outer) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  sums.merge_warp();
+  sums.merge_warp(outer);
   if (lane == 0) shared_W[warp] = sums;
   __syncthreads();
   if (warp > 0) return;
   sums = lane < kBlockThreads / kWarpSize ? shared_W[lane] : AnySums{};
-  sums.merge_warp();
+  sums.merge_warp(outer);
 }
 
 // --- a row, shared out among threads ---
 
-// visit(first, z) for the elements of a row: `z` an array of floats, of vectors where the row is aligned to them.
+// visit(first, z) for the elements of a row, `z` an array of floats. Which thread takes which elements depends on their
+// index alone, not on how the row lies in memory: a row gives the same bits wherever it stands in a batch.
 template <typename T, int kThreads, typename Visit>
-__device__ __forceinline__ void walk(const T* row_V, int V, bool vectors_fit, int thread, Visit visit) {
+__device__ __forceinline__ void walk(const T* row_V, int V, int thread, Visit visit) {
   constexpr int N = Vector<T>::kSize;
-  const auto one = [&](int i) {
-    const float z[1] = {to_float(row_V[i])};
-    visit(i, z);
-  };
-  if (!vectors_fit) {
-    for (int i = thread; i < V; i += kThreads) one(i);
-    return;
-  }
-  const int off = misalignment(row_V) / static_cast<int>(sizeof(T));
-  const int head = min(V, off ? N - off : 0), vectors = (V - head) / N, tail = head + vectors * N;
+  const int vectors = V / N;
   const auto many = [&](int i, const Vector<T>& vector) {
     float z[N];
 #pragma unroll
     for (int j = 0; j < N; ++j) z[j] = to_float(vector.elements[j]);
-    visit(head + i * N, z);
+    visit(i * N, z);
   };
-  if (thread < head) one(thread);
   int i = thread;
-  for (; i + (kUnroll - 1) * kThreads < vectors; i += kUnroll * kThreads) {
-    Vector<T> loaded[kUnroll];
+  if (misalignment(row_V) == 0) {
+    for (; i + (kUnroll - 1) * kThreads < vectors; i += kUnroll * kThreads) {
+      Vector<T> loaded[kUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) loaded[u] = Vector<T>::load(row_V + head + (i + u * kThreads) * N);
+      for (int u = 0; u < kUnroll; ++u) loaded[u] = Vector<T>::load(row_V + (i + u * kThreads) * N);
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) many(i + u * kThreads, loaded[u]);
+      for (int u = 0; u < kUnroll; ++u) many(i + u * kThreads, loaded[u]);
+    }
   }
-  for (; i < vectors; i += kThreads) many(i, Vector<T>::load(row_V + head + i * N));
-  if (tail + thread < V) one(tail + thread);
+  for (; i < vectors; i += kThreads) many(i, Vector<T>::load_across(row_V + i * N));
+  if (const int last = vectors * N + thread; last < V) {
+    const float z[1] = {to_float(row_V[last])};
+    visit(last, z);
+  }
 }
 
 // The row of a thread and its number among the row's threads; no row for the warps that are left over.
@@ -184,14 +186,13 @@ template <bool kWithEntropy, bool kWithMoments>
 __device__ void write_stats(Sums<kWithEntropy, kWithMoments> sums, float z_target, const Rows& rows, int64_t row,
                             const StatsKT& stats_KT) {
   const Transform& transform = rows.transform;
-  const float core = transform.core(z_target), x = transform.outer * core, log_exps = logf(sums.exps);
-  // log-sum-exp of the others, minus the target's x
-  const float gap = fmaf(-transform.outer, core, sums.base) + log_exps;
+  const float outer = transform.outer, core = transform.core(z_target), log_exps = logf(sums.exps);
+  const float gap = (sums.base - core) * outer + log_exps;  // log-sum-exp of the others, minus the target's x
   const bool leads = transform.sign * z_target >= sums.top;
   stats_KT.at(kLogps, row) = -softplus(gap);
-  stats_KT.at(kLse, row) = gap > 0 ? sums.base + log_exps + log1pf(expf(-gap)) : x + log1pf(expf(gap));
-  sums.rebase(fmaxf(sums.base, fminf(transform.outer * core, FLT_MAX)));
-  sums.add(core, transform.outer);
+  stats_KT.at(kLse, row) = fmaf(outer, gap > 0 ? sums.base : core, log1pf(expf(-fabsf(gap))) + (gap > 0 ? log_exps : 0));
+  if (leads) sums.rebase(finite(core), outer);
+  sums.add(core, outer);
   const float exps = sums.exps;  // now of all classes
   stats_KT.at(kEntropy, row) = kWithEntropy ? logf(exps) - sums.weighted / exps : 0;
   stats_KT.at(kMeanLogit, row) = kWithMoments ? transform.outer * sums.total / rows.vocabulary : 0;
@@ -215,7 +216,7 @@ __global__ void __launch_bounds__(threads_a_block(kThreads), kThreads == kWarpSi
   const T* row_V = logits_TV + place.row * rows.row_stride;
   const Transform& transform = rows.transform;
   RowSums sums;
-  walk<T, kThreads>(row_V, V, true, place.thread, [&](int first, const auto& z) {
+  walk<T, kThreads>(row_V, V, place.thread, [&](int first, const auto& z) {
     constexpr int N = sizeof(z) / sizeof(float);
     float core[N], largest = -INFINITY;
 #pragma unroll
@@ -231,9 +232,9 @@ __global__ void __launch_bounds__(threads_a_block(kThreads), kThreads == kWarpSi
     for (int j = 0; j < N; ++j) sums.add(core[j], transform.outer);
   });
   if constexpr (kThreads == kWarpSize) {
-    sums.merge_warp();
+    sums.merge_warp(transform.outer);
   } else {
-    merge_block(sums, reinterpret_cast<RowSums*>(dynamic_shared));
+    merge_block(sums, reinterpret_cast<RowSums*>(dynamic_shared), transform.outer);
   }
   if (place.thread == 0) write_stats(sums, to_float(row_V[target]), rows, place.row, stats_KT);
 }
@@ -241,9 +242,21 @@ __global__ void __launch_bounds__(threads_a_block(kThreads), kThreads == kWarpSi
 // --- backward ---
 
 // What a row's gradient is made of: its statistics and the gradients that came for them.
+//
+// logp_v = outer * (core_v - core) + offset with the target's core and log-prob, or with 0 and -lse: whichever offset
+// is the smaller number, since what is stored is rounded: lse = 25 to 1e-6, logp = -0.01 to 5e-10.
 struct Upstream {
-  float logp, lse, entropy, sum_sq_probs;
+  float core, offset, logp, entropy, sum_sq_probs;
   float dlogp, dlse, dentropy, dmean, dsquares;
+
+  __device__ __forceinline__ bool silent() const {
+    return dlogp == 0 && dlse == 0 && dentropy == 0 && dmean == 0 && dsquares == 0;
+  }
+  __device__ __forceinline__ void choose_offset(float core_target, float lse) {
+    const bool by_target = fabsf(core_target) < INFINITY && 4 * fabsf(logp) < fabsf(lse);
+    core = by_target ? core_target : 0;
+    offset = by_target ? logp : -lse;
+  }
 };
 
 template <bool kWithEntropy, bool kWithMoments>
@@ -251,7 +264,6 @@ __device__ __forceinline__ Upstream read_upstream(const StatsKT& stats_KT, const
                                                   int V) {
   Upstream up{};
   up.logp = stats_KT.at(kLogps, row);
-  up.lse = stats_KT.at(kLse, row);
   up.dlogp = dstats_KT.at(kLogps, row);
   up.dlse = dstats_KT.at(kLse, row);
   if (kWithEntropy) {
@@ -269,7 +281,7 @@ __device__ __forceinline__ Upstream read_upstream(const StatsKT& stats_KT, const
 template <bool kWithEntropy, bool kWithMoments>
 __device__ __forceinline__ float gradient(float core, float outer, bool is_target, const Upstream& up) {
   // expf, not __expf: p itself is written, and no sum smooths its error
-  const float logp = fmaf(core, outer, -up.lse), p = expf(logp);
+  const float logp = fmaf(core - up.core, outer, up.offset), p = expf(logp);
   // at the target -expm1 of its log-prob, since 1 - p would lose its digits
   float dx = is_target ? p * up.dlse - up.dlogp * expm1f(up.logp) : p * (up.dlse - up.dlogp);
   if (kWithEntropy && logp != -INFINITY) dx -= up.dentropy * p * (logp + up.entropy);
@@ -300,12 +312,13 @@ __global__ void __launch_bounds__(threads_a_block(kThreads), kThreads == kWarpSi
   T* out_V = out_TV + place.row * out_stride;
   const int64_t target = rows.targets_T[place.row * rows.target_stride];
   const bool ignored = target == rows.ignore_index, bad = !ignored && (target < 0 || target >= V);
-  const Upstream up = read_upstream<kWithEntropy, kWithMoments>(stats_KT, dstats_KT, place.row, V);
-  const bool silent = up.dlogp == 0 && up.dlse == 0 && up.dentropy == 0 && up.dmean == 0 && up.dsquares == 0;
-  if (ignored || bad || silent) return fill<T, kThreads>(out_V, V, place.thread, bad ? NAN : 0.0f);
+  Upstream up = read_upstream<kWithEntropy, kWithMoments>(stats_KT, dstats_KT, place.row, V);
+  if (ignored || bad || up.silent()) return fill<T, kThreads>(out_V, V, place.thread, bad ? NAN : 0.0f);
   const T* row_V = logits_TV + place.row * rows.row_stride;
   const Transform& transform = rows.transform;
-  walk<T, kThreads>(row_V, V, misalignment(row_V) == misalignment(out_V), place.thread, [&](int first, const auto& z) {
+  const bool vectors_fit = misalignment(out_V) == 0;
+  up.choose_offset(transform.core(to_float(row_V[target])), stats_KT.at(kLse, place.row));
+  walk<T, kThreads>(row_V, V, place.thread, [&](int first, const auto& z) {
     constexpr int N = sizeof(z) / sizeof(float);
     T dz[N];
 #pragma unroll
@@ -315,14 +328,16 @@ __global__ void __launch_bounds__(threads_a_block(kThreads), kThreads == kWarpSi
       const bool is_target = first + j == target;
       dz[j] = from_float<T>(slope * gradient<kWithEntropy, kWithMoments>(core, transform.outer, is_target, up));
     }
-    if constexpr (N == 1) {
-      out_V[first] = dz[0];
-    } else {
-      Vector<T> vector;
+    if constexpr (N == Vector<T>::kSize) {
+      if (vectors_fit) {
+        Vector<T> vector;
 #pragma unroll
-      for (int j = 0; j < N; ++j) vector.elements[j] = dz[j];
-      vector.store(out_V + first);
+        for (int j = 0; j < N; ++j) vector.elements[j] = dz[j];
+        return vector.store(out_V + first);
+      }
     }
+#pragma unroll
+    for (int j = 0; j < N; ++j) out_V[first + j] = dz[j];
   });
 }
 
@@ -334,7 +349,7 @@ Rows rows_of(const Tensor<2>& logits_TV, const Tensor<1>& targets_T, int64_t ign
     throw std::invalid_argument("token_logps: a row must have 1 to " + std::to_string(kLargestV) + " logits, got " +
                                 std::to_string(V));
   }
-  if (V > 1 && logits_TV.strides[1] != 1) {
+  if (logits_TV.sizes[0] > 0 && V > 1 && logits_TV.strides[1] != 1) {
     throw std::invalid_argument("token_logps: logits must be contiguous along the vocabulary, got a stride of " +
                                 std::to_string(logits_TV.strides[1]));
   }
@@ -381,7 +396,7 @@ ALIGNFAST_EXPORT(token_logps_forward)
 static void token_logps_backward(Tensor<2> logits_TV, Tensor<1> targets_T, Tensor<2> stats_KT, Tensor<2> dstats_KT,
                                  double scale, double softcap, double temperature, int64_t ignore_index,
                                  int64_t wanted, Tensor<2> out_TV, void* stream) {
-  if (out_TV.sizes[1] > 1 && out_TV.strides[1] != 1) {
+  if (out_TV.sizes[0] > 0 && out_TV.sizes[1] > 1 && out_TV.strides[1] != 1) {
     throw std::invalid_argument("token_logps: the gradient must be contiguous along the vocabulary, got a stride of " +
                                 std::to_string(out_TV.strides[1]));
   }

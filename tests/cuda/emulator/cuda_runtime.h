@@ -105,6 +105,9 @@ inline uint32_t __float_as_uint(float value) {
   memcpy(&bits, &value, sizeof(bits));
   return bits;
 }
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, unsigned bits) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (bits & 31));
+}
 using std::isinf;
 using std::isnan;
 inline int min(int a, int b) { return a < b ? a : b; }
