@@ -25,16 +25,16 @@ C = TypeVar("C", bound=type)
 @dataclass_transform(frozen_default=True)
 def config(cls: C) -> C:
     """A frozen dataclass whose constructor says more about an option that it doesn't have."""
-    cls = dataclass(frozen=True)(cls)
-    construct = cls.__init__
+    made: Any = dataclass(frozen=True)(cls)
+    construct = made.__init__
 
     @functools.wraps(construct)
     def checked(self: Any, *args: Any, **options: Any) -> None:
         refuse_unknown(cls.__name__, option_names(cls), options)
         construct(self, *args, **options)
 
-    cls.__init__ = checked  # type: ignore[misc]
-    return cls
+    made.__init__ = checked
+    return made
 
 
 @config

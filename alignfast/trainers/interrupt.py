@@ -27,6 +27,10 @@ class NonFiniteError(RuntimeError):
     """Several steps in a row had a loss or gradient that is no number; the weights are those before them."""
 
 
+class EvaluationStopped(Exception):
+    """Leaves an evaluation that a signal asked to stop; the loop then saves and ends."""
+
+
 class StopRequest:
     """Notes SIGTERM and SIGINT inside a `with` block instead of dying of them; more than one is as good as one.
 

@@ -25,21 +25,27 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from transformers.trainer_utils import TrainOutput
 
-from alignfast.data import Batch, Prepared, Rows, Tree, load_rows
+from alignfast.data import Batch, Prepared, PrepareReport, Rows, Tree, load_rows
 from alignfast.kernels._targets import bad_targets_seen
 from alignfast.models.load import load_policy, load_tokenizer
 from alignfast.models.policy import Policy
 from alignfast.trainers.batches import Counts, Data, pack_rows, share_out
 from alignfast.trainers.config import TrainerConfig, resolve_config, steps_of
 from alignfast.trainers.estimate import describe_run
-from alignfast.trainers.interrupt import NonFiniteError, StopRequest, TrainingInterrupted
-from alignfast.trainers.machine import keep_cpu_memory, make_accelerator, make_optimizer, make_scheduler
+from alignfast.trainers.interrupt import (
+    EvaluationStopped,
+    NonFiniteError,
+    StopRequest,
+    TrainingInterrupted,
+)
+from alignfast.trainers.machine import keep_cpu_memory, make_accelerator
 from alignfast.trainers.metrics import Meter, Metrics
 from alignfast.trainers.model_card import model_card, push_folder
 from alignfast.trainers.plan import make_plan
 from alignfast.trainers.runlog import RunLog
 from alignfast.trainers.saving import find_checkpoint, load_best, load_checkpoint, note_best, save_checkpoint
 from alignfast.trainers.state import save_weights
+from alignfast.trainers.update import Updater, make_optimizer
 
 MAX_SKIPPED_IN_A_ROW = 3
 
@@ -93,21 +99,20 @@ class Trainer:
             trust_remote_code=args.trust_remote_code,
         )
         if args.router_aux_loss_coef is not None:
-            self.module.base.router_aux_loss_coef = args.router_aux_loss_coef
+            base: Any = self.module.base
+            base.router_aux_loss_coef = args.router_aux_loss_coef
         self.policy: Any = None  # the module as it is called: in DDP, FSDP2 or autocast, once `_wrap` has run
         self.model = self.module.model
         given = one_of("processing_class", processing_class, "tokenizer", tokenizer)
         self.processing_class = load_tokenizer(given, model, trust_remote_code=args.trust_remote_code)
         self.all_data: list[Data] = []
-        train = one_of("train_dataset", train_dataset, "dataset", dataset)
-        self.train_data = None if train is None else self._read(train)
+        self.train_data = self._read(one_of("train_dataset", train_dataset, "dataset", dataset))
         named = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
         self.eval_data = {name: self._read(rows) for name, rows in named.items() if rows is not None}
         if args.eval_strategy != "no" and not self.eval_data:
             raise ValueError(f"eval_strategy={args.eval_strategy!r} needs an eval_dataset")
         self.checkpoints: Path = args.folder / "checkpoints"
-        self.control = TrainerControl()
-        self.handler = CallbackHandler(
+        self.handler: Any = CallbackHandler(
             [DefaultFlowCallback, *(callbacks or [])], self.model, self.processing_class, None, None
         )
         self._stop = StopRequest()
@@ -148,18 +153,18 @@ class Trainer:
             TrainingInterrupted: SIGTERM or SIGINT came; the checkpoint is written. A SystemExit of code 75.
             ModelRefused: the model can't be trained in this layout.
         """
-        if self.train_data is None:
+        if not self.train_data.trees:
             raise ValueError("train() needs a train_dataset")
         args = self.args
         if args.keep_cpu_memory and self.accelerator.device.type == "cpu":
             keep_cpu_memory()
         self._reset()
-        folder = self._plan_steps(
-            args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        )
+        self._lay_out()
+        resume = args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        folder = find_checkpoint(self, resume) if resume else None
         self._wrap()
-        self.scheduler = make_scheduler(self.optimizer, args, self.plan.num_steps)
-        self.handler.optimizer, self.handler.lr_scheduler = self.optimizer, self.scheduler
+        self.updater = Updater(args, self.accelerator, self.policy, self._stepper, self.plan.num_steps)
+        self.handler.optimizer, self.handler.lr_scheduler = self.updater.optimizer, self.updater.scheduler
         if folder is not None:
             load_checkpoint(self, folder)
         with ExitStack() as stack:
@@ -171,8 +176,16 @@ class Trainer:
                 self.log.say(f"going on from {folder}, after step {self.state.global_step}")
             return self._run()
 
-    def _plan_steps(self, resume: str | bool | None) -> Path | None:
-        """Lay out the run; the checkpoint to go on from."""
+    def _reset(self) -> None:
+        """Forget an earlier run of this trainer; the weights stay."""
+        self.state: TrainerState = TrainerState(
+            is_local_process_zero=self.accelerator.is_local_main_process,
+            is_world_process_zero=self.accelerator.is_main_process,
+        )
+        self.control: TrainerControl = TrainerControl()
+        self.log: RunLog = RunLog(self.args, self.accelerator)
+
+    def _lay_out(self) -> None:
         args, state = self.args, self.state
         self.plan = make_plan(args, len(self.train_data.trees), self.accelerator.num_processes)
         num_steps = state.max_steps = self.plan.num_steps
@@ -180,153 +193,130 @@ class Trainer:
         state.logging_steps = steps_of(args.logging_steps, num_steps)
         state.eval_steps = steps_of(args.eval_steps or args.logging_steps, num_steps)
         state.save_steps = steps_of(args.save_steps, num_steps)
-        return find_checkpoint(self, resume) if resume else None
-
-    def _reset(self) -> None:
-        """Forget an earlier run of this trainer; the weights stay."""
-        self.state = TrainerState(
-            is_local_process_zero=self.accelerator.is_local_main_process,
-            is_world_process_zero=self.accelerator.is_main_process,
-        )
-        self.log = RunLog(self.args, self.accelerator)
-        self._last: dict[str, float] = {}  # gradient norm and learning rate of the last step
-        self._loss_sum, self._steps_here = 0.0, 0
 
     def _wrap(self) -> None:
         """Probe the model, then make `policy`, which is what is called: DDP or FSDP2 and autocast around the module."""
         if self.policy is None:
-            self.before_training()
             if not self.args.fsdp:
                 self.module.to(self.accelerator.device)
             self.module.probe()
-            self.module._no_split_modules = self.module.base._no_split_modules  # type: ignore[assignment]
+            self.before_training()
+            module: Any = self.module
+            module._no_split_modules = module.base._no_split_modules  # what FSDP2 shards one by one
         self.accelerator.free_memory()
-        self.policy, self._stepper = self.accelerator.prepare(
-            self.module, make_optimizer(self.module, self.args)
-        )
-        self.optimizer: torch.optim.Optimizer = self._stepper.optimizer
+        optimizer = make_optimizer(self.module, self.args)
+        self.policy, self._stepper = self.accelerator.prepare(self.module, optimizer)
 
     def _run(self) -> TrainOutput:
-        args, state, began = self.args, self.state, time.perf_counter()
+        args, state, began, first = self.args, self.state, time.perf_counter(), self.state.global_step
         self.control = self.handler.on_train_begin(args, state, self.control)
-        if args.eval_on_start and state.global_step == 0:
-            self.evaluate()
+        if args.eval_on_start and first == 0:
+            self.control.should_evaluate = True
+        self._evaluate_and_save(stop=False)  # also what an interrupted run had left to do
+        losses = 0.0
         while state.global_step < self.plan.num_steps and not self.control.should_training_stop:
             if self.plan.ends_epoch(state.global_step):
                 self.control = self.handler.on_epoch_begin(args, state, self.control)
             self.control = self.handler.on_step_begin(args, state, self.control)
-            stop = self._step(state.global_step)
-            state.global_step += 1
-            state.epoch = self.plan.epoch(state.global_step)
+            loss, stop = self._step()
+            losses += loss
             self.control = self.handler.on_step_end(args, state, self.control)
             if self.plan.ends_epoch(state.global_step):
                 self.control = self.handler.on_epoch_end(args, state, self.control)
-            self._after_step(stop)
+            self._log()
+            self._evaluate_and_save(stop)
         if args.load_best_model_at_end:
             load_best(self)
         self.control = self.handler.on_train_end(args, state, self.control)
-        seconds = time.perf_counter() - began
+        seconds, steps = time.perf_counter() - began, state.global_step - first
         figures = {
             "train_runtime": seconds,
-            "train_steps_per_second": self._steps_here / seconds,
-            "train_samples_per_second": self._steps_here * self.plan.rows_per_step / seconds,
-            "train_loss": self._loss_sum / max(1, self._steps_here),
+            "train_steps_per_second": steps / seconds,
+            "train_samples_per_second": steps * self.plan.rows_per_step / seconds,
+            "train_loss": losses / max(1, steps),
         }
         self.log.write(state, figures)
         if args.push_to_hub:
             self.push_to_hub()
         return TrainOutput(state.global_step, figures["train_loss"], figures)
 
-    def _step(self, step: int) -> bool:
-        """Forward, backward and update of one step. Says whether a signal asked any rank to stop."""
-        began, args, world = time.perf_counter(), self.args, self.accelerator.num_processes
-        rows = self.plan.rows(step)
-        share = share_out(
-            self.train_data, rows, args.per_device_train_batch_size, args, self.accelerator, self.count
-        )
+    def _step(self) -> tuple[float, bool]:
+        """One step: (its loss, whether a signal asked any rank to stop)."""
+        began, args, accelerator = time.perf_counter(), self.args, self.accelerator
+        rows, max_rows = self.plan.rows(self.state.global_step), args.per_device_train_batch_size
+        share = share_out(self.train_data, rows, max_rows, args, accelerator, self.count)
+        loss_here = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         self.policy.train()
-        told_2 = torch.zeros(
-            2, dtype=torch.float64, device=self.accelerator.device
-        )  # loss, ranks asked to stop
         for i, run in enumerate(share.runs):
             weight = float(i < share.num_real)
-            with nullcontext() if i + 1 == len(share.runs) else self.accelerator.no_sync(self.policy):
+            with nullcontext() if i + 1 == len(share.runs) else accelerator.no_sync(self.policy):
                 batch = self._pack(self.train_data, run)
                 loss, metrics = self.compute_loss(batch, share.counts, weight / share.counts["batches"])
-                self.accelerator.backward(loss * (weight * world))
+                accelerator.backward(loss * (weight * accelerator.num_processes))
             if weight:
                 self.log.meter.add({"loss": loss, **metrics})
-                told_2[0] += loss.detach()
-        told_2[1] = float(self._stop.received is not None)
-        grad_norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), args.max_grad_norm or math.inf)
-        loss_value, stop = self.accelerator.reduce(told_2, "sum").tolist()
-        self._last = {
-            "grad_norm": float(getattr(grad_norm, "full_tensor", lambda: grad_norm)()),
-            "learning_rate": self.scheduler.get_last_lr()[0],
-        }
-        self._loss_sum += loss_value
-        self._steps_here += 1
-        self._update(loss_value)
-        self.log.step_done(step + 1, share.counts["tokens"], time.perf_counter() - began)
-        return bool(stop)
+                loss_here += loss.detach()
+        asked = torch.full_like(loss_here, self._stop.received is not None)
+        loss_value, num_asked = accelerator.reduce(torch.stack((loss_here, asked)), "sum").tolist()
+        self.control = self.handler.on_pre_optimizer_step(args, self.state, self.control)
+        self._last = self.updater.step(loss_value)
+        self.control = self.handler.on_optimizer_step(args, self.state, self.control)
+        self.state.global_step += 1
+        self.state.epoch = self.plan.epoch(self.state.global_step)
+        self.log.step_done(self.state.global_step, share.counts["tokens"], time.perf_counter() - began)
+        if not self._last.taken:
+            self._skipped(loss_value)
+        return loss_value, num_asked > 0
 
-    def _update(self, loss: float) -> None:
-        """Let the optimizer step, unless loss or gradient is no number."""
-        args, grad_norm, scaler = self.args, self._last["grad_norm"], self.accelerator.scaler
-        # An infinite gradient is how fp16's loss scale finds its size: the scaler skips such a step and halves.
-        overflow = scaler is not None and math.isfinite(loss) and scaler.get_scale() > 1
-        if math.isfinite(loss) and (math.isfinite(grad_norm) or overflow):
-            self.control = self.handler.on_pre_optimizer_step(args, self.state, self.control)
-            self._stepper.step()
-            self.control = self.handler.on_optimizer_step(args, self.state, self.control)
-            self.log.skipped_in_a_row = 0
-        else:
-            if scaler is not None:
-                scaler.update()
-            self._skip(loss, grad_norm)
-        self.scheduler.step()
-        self._stepper.zero_grad(set_to_none=True)
-
-    def _skip(self, loss: float, grad_norm: float) -> None:
-        self.log.skipped_steps += 1
-        self.log.skipped_in_a_row += 1
-        times, step = self.log.skipped_in_a_row, self.state.global_step + 1
-        what = f"step {step}: loss {loss}, gradient norm {grad_norm}"
+    def _skipped(self, loss: float) -> None:
+        times = self.updater.skipped_in_a_row
+        what = f"step {self.state.global_step}: loss {loss}, gradient norm {self._last.grad_norm}"
         if self.accelerator.device.type == "cuda" and bad_targets_seen(self.accelerator.device):
             what += (
                 "; a token id was outside the model's vocabulary, which gives NaN: check tokenizer and model"
             )
         self.log.warn(f"{what}; the step is skipped and the weights are as before ({times} in a row)")
-        if times < MAX_SKIPPED_IN_A_ROW:
-            return
-        self._stepper.zero_grad(set_to_none=True)
-        self.log.meter.end_step()
-        self.log.log_steps(self.state, self._last)
-        raise NonFiniteError(
-            f"{what}; {times} steps in a row gave no number. The weights are those before them. Lower learning_rate "
-            "or max_grad_norm, look at the rows of these steps, or go on from an earlier checkpoint"
-        )
-
-    def _after_step(self, stop: bool) -> None:
-        """Log, evaluate and save where the callbacks ask for it; leave where a signal does."""
-        args, control, state = self.args, self.control, self.state
-        if control.should_epoch_stop:
-            raise ValueError(
-                "control.should_epoch_stop is not supported: rows follow from the step; stop the training"
+        if times >= MAX_SKIPPED_IN_A_ROW:
+            self.control.should_log = True
+            self._log()
+            raise NonFiniteError(
+                f"{what}; {times} steps in a row gave no number. The weights are those before them. Lower "
+                "learning_rate or max_grad_norm, look at the rows of these steps, or go on from an earlier checkpoint"
             )
-        last = state.global_step >= self.plan.num_steps
-        if args.logging_strategy != "no" and (control.should_log or state.global_step >= self.plan.num_steps):
-            row = self.log.log_steps(state, self._last)
-            self.control = self.handler.on_log(args, state, control, row)
+
+    def _log(self) -> None:
+        """Report the steps since the last log where a callback asks for it; always the last step."""
+        last_step = self.state.global_step >= self.plan.num_steps
+        if self.args.logging_strategy == "no" or not (self.control.should_log or last_step):
+            return
+        last = {
+            "grad_norm": self._last.grad_norm,
+            "learning_rate": self._last.learning_rate,
+            "skipped_steps": self.updater.skipped,
+        }
+        row = self.log.log_steps(self.state, last)
+        self.control = self.handler.on_log(self.args, self.state, self.control, row)
+
+    def _evaluate_and_save(self, stop: bool) -> None:
+        """Evaluate and save where the callbacks ask for it; where a signal does, save and leave."""
+        if self.control.should_epoch_stop:
+            raise ValueError(
+                "control.should_epoch_stop is not supported: which rows come next follows from the step"
+            )
+        if self.control.should_evaluate and self.eval_data and not stop:
+            try:
+                note_best(self, self.evaluate())
+            except EvaluationStopped:
+                stop = True
         if stop:
-            folder = save_checkpoint(self)
-            self.log.warn(f"stopped by a signal after step {state.global_step}; its checkpoint is {folder}")
+            folder = save_checkpoint(self, interrupted=True)
+            self.log.warn(
+                f"stopped by a signal after step {self.state.global_step}; its checkpoint is {folder}"
+            )
             raise TrainingInterrupted(str(folder))
-        if control.should_evaluate and self.eval_data:
-            note_best(self, self.evaluate())
-        if control.should_save:
+        if self.control.should_save:
             save_checkpoint(self)
-            self.control = self.handler.on_save(args, state, control)
+            self.control = self.handler.on_save(self.args, self.state, self.control)
 
     # Evaluation
 
@@ -354,16 +344,19 @@ class Trainer:
         return metrics
 
     def _evaluate_on(self, data: Data) -> dict[str, float]:
-        began, meter, rows = time.perf_counter(), Meter(self.accelerator.device), range(len(data.trees))
-        share = share_out(
-            data, rows, self.args.per_device_eval_batch_size, self.args, self.accelerator, self.count
-        )
+        began, args, meter = time.perf_counter(), self.args, Meter(self.accelerator.device)
+        rows, max_rows = range(len(data.trees)), args.per_device_eval_batch_size
+        share = share_out(data, rows, max_rows, args, self.accelerator, self.count)
         self.policy.eval()
         with torch.no_grad(), self.module.attached():
             for i, run in enumerate(share.runs):
                 loss, metrics = self.compute_loss(self._pack(data, run), share.counts, 0.0)
                 if i < share.num_real:
                     meter.add({"loss": loss, **metrics})
+                self.control = self.handler.on_prediction_step(args, self.state, self.control)
+                asked = torch.tensor(float(self._stop.received is not None), device=self.accelerator.device)
+                if self.accelerator.reduce(asked, "sum") > 0:
+                    raise EvaluationStopped
         seconds = time.perf_counter() - began
         return {**meter.read(self.accelerator), "runtime": seconds, "samples_per_second": len(rows) / seconds}
 
@@ -402,6 +395,8 @@ class Trainer:
         return self.processing_class.pad_token_id or 0
 
     def _read(self, source: Any) -> Data:
+        if source is None:
+            return Data([], [], PrepareReport(), 0)
         prepared = self.prepare(load_rows(source))
         first = sum(len(data.trees) for data in self.all_data)
         self.all_data.append(Data(prepared.trees, prepared.rows, prepared.report, first))

@@ -1,4 +1,4 @@
-"""What a run sets up on its machine: ranks and precision, the optimizer, the allocator."""
+"""What a run sets up on its machine: ranks, precision, the allocator."""
 
 from __future__ import annotations
 
@@ -10,20 +10,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin
-from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_scheduler
-from transformers.trainer_pt_utils import get_parameter_names
 
-from alignfast.trainers.config import TrainerConfig, steps_of
+from alignfast.trainers.config import TrainerConfig
 
-# Parameters that AdamW's decay leaves alone, as in transformers.
-_NO_DECAY = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def make_accelerator(config: TrainerConfig) -> Accelerator:
     """Ranks, device and mixed precision, from the config and from the launcher's environment."""
+    precision: str | None  # None: what the launcher says
     if config.bf16:
         precision = "bf16"
     elif config.fp16:
@@ -45,51 +40,6 @@ def make_accelerator(config: TrainerConfig) -> Accelerator:
             "fsdp=True shards over ranks and there is one: start with torchrun or accelerate launch"
         )
     return accelerator
-
-
-def make_optimizer(model: nn.Module, config: TrainerConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters that want a gradient, decay left out for norms and biases.
-
-    Raises:
-        ValueError: nothing is to be trained.
-    """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not trained:
-        raise ValueError("no parameter of the model wants a gradient: all are frozen")
-    decayed = set(get_parameter_names(model, [nn.LayerNorm], list(_NO_DECAY)))
-    groups = [
-        {
-            "params": [p for name, p in trained.items() if name in decayed],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [p for name, p in trained.items() if name not in decayed], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=config.optim == "adamw_torch_fused",
-    )
-
-
-def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainerConfig, num_steps: int) -> LRScheduler:
-    """One of transformers' learning rate schedules.
-
-    Raises:
-        ValueError: the schedule is unknown, or goes by a metric.
-    """
-    if config.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
-        raise ValueError(
-            f"lr_scheduler_type={config.lr_scheduler_type!r} goes by a metric; take one that goes by steps"
-        )
-    return get_scheduler(
-        config.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=steps_of(config.warmup_steps, num_steps) if config.warmup_steps else 0,
-        num_training_steps=num_steps,
-        scheduler_specific_kwargs=config.lr_scheduler_kwargs,
-    )
 
 
 def keep_cpu_memory() -> bool:

@@ -25,15 +25,13 @@ class RunLog:
         meter: metrics since the last log.
         num_tokens: tokens trained on, a prompt counted for each of its answers, as TRL counts them.
         seconds: since the start of the run, over all processes that went on with it.
-        skipped_steps: steps whose loss or gradient was no number.
-        skipped_in_a_row: the last steps among them.
     """
 
     def __init__(self, config: TrainerConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
         self.tracker_names = tracker_names(config.report_to)
         self.meter = Meter(accelerator.device)
-        self.num_tokens = self.skipped_steps = self.skipped_in_a_row = 0
+        self.num_tokens = 0
         self.seconds = 0.0
         self._tokens_since = self._steps_since = 0
         self._seconds_since = 0.0
@@ -84,7 +82,6 @@ class RunLog:
             **last,
             "num_tokens": self.num_tokens,
             "tokens_per_second": self._tokens_since / max(self._seconds_since, 1e-9),
-            "skipped_steps": self.skipped_steps,
         }
         left = (state.max_steps - state.global_step) * self._seconds_since / max(1, self._steps_since)
         self.write(state, row, left)
@@ -120,12 +117,9 @@ class RunLog:
             "meter": self.meter.state(self.accelerator),
             "num_tokens": self.num_tokens,
             "seconds": self.seconds,
-            "skipped_steps": self.skipped_steps,
-            "skipped_in_a_row": self.skipped_in_a_row,
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`."""
         self.meter.load(state["meter"], self.accelerator.is_main_process)
         self.num_tokens, self.seconds = state["num_tokens"], state["seconds"]
-        self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]

@@ -35,8 +35,13 @@ STATE = "trainer_state.json"
 _OF_THIS_PROCESS = ("is_local_process_zero", "is_world_process_zero")
 
 
-def save_checkpoint(trainer: Trainer) -> Path:
-    """Write the checkpoint of the current step, then delete old ones. To be called on all ranks."""
+def save_checkpoint(trainer: Trainer, interrupted: bool = False) -> Path:
+    """Write the checkpoint of the current step, then delete old ones. To be called on all ranks.
+
+    Args:
+        trainer: between two steps.
+        interrupted: what is due after this step is left to the run that goes on.
+    """
     accelerator, state, parent = trainer.accelerator, trainer.state, trainer.checkpoints
     final = parent / f"step-{state.global_step}"
     if state.best_global_step == state.global_step:
@@ -46,9 +51,9 @@ def save_checkpoint(trainer: Trainer) -> Path:
     accelerator.wait_for_everyone()
     temporary = checkpoint.temporary_folder(parent, state.global_step)
     trainer.write_model(temporary)
-    save_optimizer(trainer.module, trainer.optimizer, temporary, accelerator.is_main_process)
+    save_optimizer(trainer.module, trainer.updater.optimizer, temporary, accelerator.is_main_process)
     save_rng(temporary, accelerator.process_index)
-    progress = _progress(trainer)
+    progress = _progress(trainer, interrupted)
     if accelerator.is_main_process:
         write_json(temporary / STATE, progress)
         (temporary / "config.yaml").write_text(trainer.args.to_yaml())
@@ -62,58 +67,66 @@ def save_checkpoint(trainer: Trainer) -> Path:
 
 
 def load_checkpoint(trainer: Trainer, folder: Path) -> None:
-    """Put a trainer into the state in which the checkpoint was written. To be called on all ranks."""
+    """Put a trainer into the state in which the checkpoint was written. To be called on all ranks.
+
+    Raises:
+        ValueError: the checkpoint is of another run.
+    """
     progress = read_json(folder / STATE)
-    if progress["fingerprint"] != fingerprint(trainer):
-        raise ValueError(
-            f"{folder} belongs to another run: it has {progress['fingerprint']}, this one {fingerprint(trainer)}"
-        )
+    for name, value in fingerprint(trainer).items():
+        if progress["fingerprint"][name] != value:
+            raise ValueError(
+                f"{folder} is of another run: its {name} is {progress['fingerprint'][name]}, this one's is {value}"
+            )
     load_weights(trainer.model, folder)
-    load_optimizer(trainer.module, trainer.optimizer, folder)
-    trainer.scheduler.load_state_dict(progress["scheduler"])
-    if trainer.accelerator.scaler is not None:
-        trainer.accelerator.scaler.load_state_dict(progress["scaler"])
-    state = TrainerState(
-        **{**progress["state"], **{name: getattr(trainer.state, name) for name in _OF_THIS_PROCESS}}
-    )
+    load_optimizer(trainer.module, trainer.updater.optimizer, folder)
+    trainer.updater.load(progress["updater"])
+    trainer.log.load(progress["log"])
+    state = TrainerState(**progress["state"])
+    for name in _OF_THIS_PROCESS:
+        setattr(state, name, getattr(trainer.state, name))
     state.log_history = [from_json(row) for row in state.log_history]
     if state.best_model_checkpoint:  # the run's folder may have been moved
         state.best_model_checkpoint = str(trainer.checkpoints / Path(state.best_model_checkpoint).name)
     trainer.state = state
-    trainer.log.load(progress["log"])
+    trainer.control.should_evaluate = "evaluate" in progress["due"]
+    trainer.control.should_save = "save" in progress["due"]
     for callback in trainer.handler.callbacks:
-        saved = state.stateful_callbacks.get(type(callback).__name__)
+        saved = progress["callbacks"].get(type(callback).__name__)
         if isinstance(callback, ExportableState) and saved is not None:
             vars(callback).update(saved["attributes"])
     load_rng(folder, trainer.accelerator.process_index)
 
 
-def _progress(trainer: Trainer) -> dict[str, Any]:
-    for callback in trainer.handler.callbacks:
-        if isinstance(callback, ExportableState):
-            trainer.state.stateful_callbacks[type(callback).__name__] = callback.state()
-    state = dataclasses.asdict(trainer.state)
+def _progress(trainer: Trainer, interrupted: bool) -> dict[str, Any]:
+    state, control = dataclasses.asdict(trainer.state), trainer.control
     state["log_history"] = [
         {name: to_json(value) for name, value in row.items()} for row in state["log_history"]
     ]
-    scaler = trainer.accelerator.scaler
+    due = {"evaluate": control.should_evaluate, "save": control.should_save} if interrupted else {}
     return {
         "state": {name: to_json(value) for name, value in state.items()},
-        "scheduler": trainer.scheduler.state_dict(),
-        "scaler": None if scaler is None else scaler.state_dict(),
+        "updater": trainer.updater.state(),
         "log": trainer.log.state(),
+        "due": [name for name, is_due in due.items() if is_due],
+        "callbacks": {
+            type(callback).__name__: callback.state()
+            for callback in trainer.handler.callbacks
+            if isinstance(callback, ExportableState)
+        },
         "fingerprint": fingerprint(trainer),
     }
 
 
-def fingerprint(trainer: Trainer) -> dict[str, int]:
+def fingerprint(trainer: Trainer) -> dict[str, Any]:
     """What must not change between a checkpoint and the run that goes on from it."""
-    plan = trainer.plan
+    plan, base = trainer.plan, trainer.module.base
     return {
+        "model": f"{type(base).__name__} of {base.num_parameters()} parameters",
         "rows": plan.num_rows,
         "rows_per_step": plan.rows_per_step,
-        "seed": plan.seed,
         "steps": plan.num_steps,
+        "seed": plan.seed,
     }
 
 

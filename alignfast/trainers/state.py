@@ -9,8 +9,11 @@ Every function here is to be called on all ranks; the first one writes.
 
 from __future__ import annotations
 
+import copy
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from peft.utils import get_peft_model_state_dict, load_peft_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.utils import logging as transformers_logging
 
 OPTIMIZER, RNG = "optimizer", "rng"
 
@@ -47,7 +51,8 @@ def save_weights(model: Any, folder: Path, is_main: bool) -> None:
         for name, tensor in model.state_dict(keep_vars=True).items():
             state[name] = gathered.setdefault(id(tensor), whole(tensor.detach()))
     if is_main:
-        model.save_pretrained(folder, state_dict=state)
+        with _no_bars():
+            model.save_pretrained(folder, state_dict=state)
 
 
 def load_weights(model: Any, folder: Path) -> None:
@@ -58,14 +63,19 @@ def load_weights(model: Any, folder: Path) -> None:
     """
     state = model.state_dict()
     if isinstance(model, PeftModel):
-        names = get_peft_model_state_dict(model, state_dict={name: _label(i) for i, name in enumerate(state)})
+        names = get_peft_model_state_dict(
+            model, state_dict={name: torch.tensor(i) for i, name in enumerate(state)}
+        )
         stored = {saved: list(state)[int(label)] for saved, label in names.items()}
         weights = load_peft_weights(str(folder), device="cpu")
         loaded = {stored.get(name, name): tensor for name, tensor in weights.items()}
         missing, unexpected = set(stored.values()) - set(loaded), set(loaded) - set(stored.values())
     else:
         widest = max((p.dtype for p in model.parameters()), key=lambda dtype: dtype.itemsize)
-        twin, report = type(model).from_pretrained(folder, dtype=widest, output_loading_info=True)
+        with _no_bars():
+            twin, report = type(model).from_pretrained(
+                folder, config=copy.deepcopy(model.config), dtype=widest, output_loading_info=True
+            )
         loaded, missing, unexpected = twin.state_dict(), report["missing_keys"], report["unexpected_keys"]
     if missing or unexpected:
         raise ValueError(
@@ -76,8 +86,16 @@ def load_weights(model: Any, folder: Path) -> None:
             state[name].copy_(shard_like(tensor, state[name]))
 
 
-def _label(number: int) -> Tensor:
-    return torch.tensor(number)
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """transformers' bars for reading and writing files would tear the one of the run."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
 
 
 def save_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, is_main: bool) -> None:
@@ -135,16 +153,19 @@ def _names_in_order(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[
 def save_rng(folder: Path, rank: int) -> None:
     """Write the state of every random number generator of this process."""
     version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    numpy: Any = np.random.get_state(legacy=False)
     tensors = {
         "python": torch.tensor(words, dtype=torch.int64),
-        "numpy": torch.from_numpy(keys.astype(np.int64)),
+        "numpy": torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
     save_file(tensors, folder / f"{RNG}-{rank}.safetensors")
-    rest = {"python": [version, gauss], "numpy": [kind, int(position), int(has_gauss), float(cached)]}
+    rest = {
+        "python": [version, gauss],
+        "numpy": {"pos": numpy["state"]["pos"], "has_gauss": numpy["has_gauss"], "gauss": numpy["gauss"]},
+    }
     write_json(folder / f"{RNG}-{rank}.json", rest)
 
 
@@ -162,8 +183,8 @@ def load_rng(folder: Path, rank: int) -> None:
     tensors, rest = load_file(file), read_json(folder / f"{RNG}-{rank}.json")
     version, gauss = rest["python"]
     random.setstate((version, tuple(tensors["python"].tolist()), gauss))
-    kind, position, has_gauss, cached = rest["numpy"]
-    np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
+    numpy, key = rest["numpy"], tensors["numpy"].numpy().astype(np.uint32)
+    np.random.set_state({**numpy, "bit_generator": "MT19937", "state": {"key": key, "pos": numpy["pos"]}})
     torch.set_rng_state(tensors["torch"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])

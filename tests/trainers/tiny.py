@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 
-import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -39,7 +38,9 @@ def make_llama(seed: int = 0, **options: object) -> PreTrainedModel:
 
 def make_gpt2_with_dropout(seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
-    sizes = dict(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=1)
+    sizes = dict(
+        vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=1
+    )
     return GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.0))
 
 
@@ -56,8 +57,3 @@ def make_rows(number: int, seed: int = 0) -> list[dict[str, str]]:
 def make_pairs(number: int, seed: int = 0) -> list[tuple[str, str, str]]:
     chosen, rejected = make_rows(number, seed), make_rows(number, seed + 1)
     return [(a["prompt"], a["completion"], b["completion"]) for a, b in zip(chosen, rejected)]
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return make_tokenizer()
