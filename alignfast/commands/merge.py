@@ -1,0 +1,38 @@
+"""`alignfast merge`: LoRA adapters added into the weights of their model, which then loads without PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from alignfast.commands.parser import parse_options
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """What to merge."""
+
+    adapter: str
+    """Folder of the adapters; it names the model they belong to."""
+    output: str
+    """Folder for the merged model."""
+    base_model: str | None = None
+    """Folder or hub name of the model under the adapters, where it has moved since."""
+    dtype: str = "auto"
+    """Type of the merged weights: float32, bfloat16, float16, or auto for the model's own."""
+
+
+def run(command: str, argv: Sequence[str]) -> None:
+    """Merge, and save model and tokenizer."""
+    (options,) = parse_options(command, argv, MergeOptions, positional=("adapter", "output"))
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = options.base_model or PeftConfig.from_pretrained(options.adapter).base_model_name_or_path
+    if not base:
+        raise ValueError(f"{options.adapter} does not say which model it belongs to: give --base_model")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=options.dtype)
+    merged = PeftModel.from_pretrained(model, options.adapter).merge_and_unload(safe_merge=True)
+    merged.save_pretrained(options.output)
+    AutoTokenizer.from_pretrained(options.adapter).save_pretrained(options.output)
+    print(f"merged model: {options.output}")

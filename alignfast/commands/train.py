@@ -1,0 +1,119 @@
+"""`alignfast sft | dpo`: train, save, report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from alignfast.commands.parser import parse_options
+
+if TYPE_CHECKING:
+    from alignfast.trainers.loop import Trainer
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run is made of: model, data, adapters."""
+
+    model: str | None = None
+    """Folder or hub name of the model. Must be given."""
+    model_name_or_path: str | None = None
+    """The same, under TRL's name."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer; the model's own unless given."""
+    train_dataset: str | None = None
+    """A .jsonl or .parquet file, or a dataset's name on the hub. Must be given."""
+    dataset_name: str | None = None
+    """The same, under TRL's name."""
+    eval_dataset: str | None = None
+    """Held-out rows; evaluated every eval_steps, and at the end."""
+    use_peft: bool = False
+    """Train LoRA adapters, not the weights themselves."""
+    lora_r: int = 16
+    """Rank of the adapters."""
+    lora_alpha: int = 32
+    """Scale of the adapters: they count alpha / r."""
+    lora_dropout: float = 0.05
+    """Share of the adapters' inputs that is dropped; 0 where disable_dropout is on."""
+    lora_target_modules: str | list[str] | None = None
+    """Names of the layers that get adapters, or `all-linear`. None is PEFT's choice for the model."""
+    lora_modules_to_save: list[str] | None = None
+    """Names of layers that are trained whole beside the adapters."""
+    use_rslora: bool = False
+    """Rank-stabilised LoRA: adapters count alpha / sqrt(r)."""
+    use_dora: bool = False
+    """Weight-decomposed LoRA."""
+    resume: bool = False
+    """Go on from the newest complete checkpoint of output_dir."""
+
+    @property
+    def peft_config(self) -> dict[str, Any] | None:
+        """LoraConfig's options, or None where the weights themselves are trained."""
+        if not self.use_peft:
+            return None
+        return {
+            "r": self.lora_r,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "target_modules": self.lora_target_modules,
+            "modules_to_save": self.lora_modules_to_save,
+            "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+        }
+
+
+@dataclass(frozen=True)
+class ReferenceOptions:
+    """What DPO measures against."""
+
+    ref_model: str | None = None
+    """Folder or hub name of the reference; unless given, the model as it was before training."""
+
+
+def run(command: str, argv: Sequence[str]) -> None:
+    """Train as the options say; the final model, its card and report.html lie in output_dir."""
+    if command == "dpo":
+        from alignfast.trainers.dpo import DPOConfig, DPOTrainer
+
+        run_options, reference, config = parse_options(command, argv, RunOptions, ReferenceOptions, DPOConfig)
+        trainer: Trainer = DPOTrainer(args=config, ref_model=reference.ref_model, **_parts(run_options))
+    else:
+        from alignfast.trainers.sft import SFTConfig, SFTTrainer
+
+        run_options, config = parse_options(command, argv, RunOptions, SFTConfig)
+        trainer = SFTTrainer(args=config, **_parts(run_options))
+    trainer.train(resume_from_checkpoint=True if run_options.resume else None)
+    if trainer.eval_data:
+        trainer.evaluate()
+    trainer.save_model()
+    if trainer.accelerator.is_main_process:
+        from alignfast.report import write_report
+
+        page = write_report(config.folder)
+        print(f"model: {config.folder}\nreport: {page}")
+
+
+def _parts(options: RunOptions) -> dict[str, Any]:
+    model = _required(options, "model", "model_name_or_path")
+    return {
+        "model": model,
+        "train_dataset": _required(options, "train_dataset", "dataset_name"),
+        "eval_dataset": options.eval_dataset,
+        "processing_class": options.tokenizer,
+        "peft_config": options.peft_config,
+    }
+
+
+def _required(options: RunOptions, name: str, other: str) -> str:
+    """The value of an option that goes by two names.
+
+    Raises:
+        ValueError: it is given by none or both of them.
+    """
+    given = [value for value in (getattr(options, name), getattr(options, other)) if value is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"give --{name}" if not given else f"{name} and {other} are the same option: give one of them"
+        )
+    return given[0]
