@@ -7,10 +7,11 @@ n' = p (1 - p) / var(p),   var(p) = C / (C - 1) * sum_c (sum_{i in c} (x_i - p))
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 _Z = 1.959964  # two-sided 95 %
 
@@ -26,7 +27,7 @@ class Interval(NamedTuple):
         return f"{self.estimate:.3f} (95 % {self.low:.3f} to {self.high:.3f})"
 
 
-def proportion(hit_N: ArrayLike, cluster_N: ArrayLike | None = None) -> Interval:
+def proportion(hit_N: ArrayLike, cluster_N: Sequence[Hashable] | None = None) -> Interval:
     """Share of true values with its Wilson interval.
 
     Args:
@@ -42,20 +43,31 @@ def proportion(hit_N: ArrayLike, cluster_N: ArrayLike | None = None) -> Interval
     0.600 (95 % 0.300 to 0.840)
     """
     hit_N = np.asarray(hit_N, np.float64)
-    if not len(hit_N) or (cluster_N is not None and len(np.asarray(cluster_N)) != len(hit_N)):
+    if not len(hit_N) or (cluster_N is not None and len(cluster_N) != len(hit_N)):
         raise ValueError("a share needs at least one value, and a cluster for each value or none")
     n, p = float(len(hit_N)), float(hit_N.mean())
     if cluster_N is not None:
-        n = min(n, _effective_count(hit_N, np.asarray(cluster_N), p))
+        n = min(n, _effective_count(hit_N, cluster_N, p))
     center = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
     # At the ends a bound is the end itself; rounding would leave 1e-18 between them.
     return Interval(p, center - half if p > 0 else 0.0, center + half if p < 1 else 1.0)
 
 
-def _effective_count(hit_N: np.ndarray, cluster_N: np.ndarray, p: float) -> float:
-    cluster_N = np.unique(cluster_N, return_inverse=True)[1].reshape(-1)
-    excess_C = np.bincount(cluster_N, hit_N - p)
+def numbered(items: Iterable[Hashable]) -> NDArray[np.int64]:
+    """The number of each item, from 0 in the order in which they first appear; equal items share one.
+
+    >>> numbered(["b", "a", "b"]).tolist()
+    [0, 1, 0]
+    """
+    numbers: dict[
+        Hashable, int
+    ] = {}  # numpy's unique would pad all texts to the longest: 1 GB for 20,000 prompts
+    return np.array([numbers.setdefault(item, len(numbers)) for item in items], np.int64)
+
+
+def _effective_count(hit_N: NDArray[np.float64], cluster_N: Sequence[Hashable], p: float) -> float:
+    excess_C = np.bincount(numbered(cluster_N), hit_N - p)
     C = len(excess_C)
     if C == 1 or p in (0, 1):  # no variance to estimate: each cluster counts as one row
         return float(C)

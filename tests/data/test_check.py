@@ -171,7 +171,7 @@ def test_the_printed_report_holds_what_was_found() -> None:
 def test_intervals_of_clustered_rows_cover_as_often_as_they_say() -> None:
     """Rows of a cluster all alike: rows taken as independent would cover far too seldom."""
     random = np.random.default_rng(0)
-    clusters = np.repeat(np.arange(60), 10)
+    clusters = np.repeat(np.arange(60), 10).tolist()
     covered = naive = 0
     for _ in range(400):
         hits = np.repeat(random.random(60) < 0.6, 10)

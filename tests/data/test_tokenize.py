@@ -152,7 +152,9 @@ def test_a_tokenizer_without_pad_or_beginning_as_gpt2(make_tokenizer: MakeTokeni
 
 def test_conversational_pairs(make_tokenizer: MakeTokenizer) -> None:
     rows = load_rows([{"prompt": [user("h")], "chosen": [assistant("ok")], "rejected": [assistant("he")]}])
-    prepared = prepare_preference(rows, make_tokenizer(chat_template=CHATML), max_length=None)
+    # A template writes its own special tokens: the tokenizer's beginning must not come on top.
+    tokenizer = make_tokenizer(add_bos=True, chat_template=CHATML)
+    prepared = prepare_preference(rows, tokenizer, max_length=None)
     prompt = [*USER, 71, *END, *ASSISTANT]
     assert pair(prepared) == [
         ([*prompt, 261, *END], [0] * 20 + [1] * 3),
