@@ -10,9 +10,6 @@
 
 #include "../export.h"
 
-// All shared memory of a block: as many bytes as its launch asked for.
-extern __shared__ __align__(16) unsigned char dynamic_shared[];
-
 namespace alignfast::cuda {
 
 inline void check(cudaError_t error, const char* what) {
