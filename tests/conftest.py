@@ -1,9 +1,13 @@
-"""What all tests share: Triton's interpreter where there is no GPU, and the same Hypothesis cases every time."""
+"""What all tests share: Triton's interpreter where there is no GPU, the same Hypothesis cases every time, and the
+instruction set that a test asks for."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import Phase, settings
 
@@ -16,9 +20,26 @@ settings.register_profile(
     derandomize=True,
     deadline=None,
     database=None,
-    phases=[
-        Phase.explicit,
-        Phase.generate,
-    ],  # shrinking a case that fails by rounding took minutes, for nothing
+    # no shrinking: a case that fails by rounding alone took minutes to shrink, and grew no clearer
+    phases=[Phase.explicit, Phase.generate],
 )
 settings.load_profile("alignfast")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "isa(name): run compiled CPU code for this instruction set")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    marker = item.get_closest_marker("isa")
+    if marker is None:
+        return (yield)
+    from alignfast import _cpu
+
+    best = _cpu.isa()
+    _cpu.use_isa(*marker.args)
+    try:
+        return (yield)
+    finally:
+        _cpu.use_isa(best)

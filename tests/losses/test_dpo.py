@@ -1,4 +1,4 @@
-"""DPO's losses through `linear_loss`, against log-probs from logits in full and `preference_loss` on their sums.
+"""DPO's losses through `linear_loss`, against logits in full and `preference_loss` on the sums.
 
 Letters: N pairs, P predictions, D width, V vocabulary.
 """
@@ -196,7 +196,7 @@ def test_reference_in_float32_and_a_compiled_graph() -> None:
     assert compiled.item() == pytest.approx(step.run()[0].item(), rel=1e-5)
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------
+# --- refusals ---
 
 
 def test_a_cut_group_is_refused() -> None:

@@ -6,8 +6,8 @@ backend computes in, plus two units in the last place of the largest value:
     max |backend - gold|  <=  2 max |peer - gold| + 2 ulp(max |gold|)
 
 Inputs are drawn once, in the low precision, and gold is computed from them in float64: so what is measured is
-the arithmetic, not the rounding of the inputs. The largest of a few errors is luck: where a backend is run on a
-few rows, the peer's error is taken over a crowd of them. Infinities and NaN must stand where gold has them.
+the arithmetic, not the rounding of the inputs. The largest of a few errors is luck: where a backend is run on
+a few rows, the peer's error is taken over a crowd of them. Infinities and NaN must stand where gold has them.
 
 A test of an op gives three functions of the same leaves: the backend's call, the peer (the textbook, with
 autograd's own gradient) and the definition. `conform` does the rest.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import pytest
@@ -27,24 +28,41 @@ from alignfast.kernels import _backend
 
 Run = Callable[..., "Tensor | Sequence[Tensor]"]
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-INTERPRETED = (
-    () if torch.cuda.is_available() else ("triton",)
-)  # backends that are no code that could be traced
+# Triton's interpreter takes 10 ms a block, and is no code that torch.compile could trace.
+INTERPRETED = () if torch.cuda.is_available() else ("triton",)
+COMPILED = ("native",) if INTERPRETED else ("native", "triton")
+FAST = ("torch", *COMPILED)
 
 
-def backends_for(op: str, *, without: Sequence[str] = ()) -> list[Any]:
-    """Parameters `(backend, device)` for every implementation of an op on every device of this machine.
+def backends_for(
+    op: str, *, only: Sequence[str] = (*FAST, *INTERPRETED), every_isa: bool = False
+) -> list[Any]:
+    """Parameters `(backend, device)` for the implementations of an op on every device of this machine.
 
     One that can't run here is a skipped test that says why.
+
+    Args:
+        op: the name under which it is registered.
+        only: the backends to take.
+        every_isa: native code on the CPU once for each instruction set that it was compiled for.
     """
     parameters = []
     for device in DEVICES:
         for name, implementation in _backend._OPS[op].items():
-            if name in without:
-                continue
             reason = implementation.refusal(torch.device(device), torch.float32)
-            marks = [] if reason is None else [pytest.mark.skip(reason=reason)]
-            parameters.append(pytest.param(name, device, id=f"{name}-{device}", marks=marks))
+            if name not in only:
+                continue
+            if reason is not None:
+                parameters.append(
+                    pytest.param(name, device, id=f"{name}-{device}", marks=pytest.mark.skip(reason))
+                )
+            elif (name, device) == ("native", "cpu") and every_isa:
+                for isa in import_module("alignfast._cpu").isas:
+                    parameters.append(
+                        pytest.param(name, device, id=f"native-{isa}", marks=pytest.mark.isa(isa))
+                    )
+            else:
+                parameters.append(pytest.param(name, device, id=f"{name}-{device}"))
     return parameters
 
 
@@ -93,8 +111,9 @@ def hold(name: str, actual: Tensor, peer: Tensor, gold: Tensor, *, crowd_error: 
         return
     at = found.position
     pytest.fail(
-        f"{name} is off by {found.largest:.3e} at {at}: {actual[at].item()!r} for {gold[at].item()!r}; PyTorch is off "
-        f"by {allowed.largest:.3e} at {allowed.position}, in the crowd by {crowd_error:.3e}, so {limit:.3e} is allowed"
+        f"{name} is off by {found.largest:.3e} at {at}: {actual[at].item()!r} for {gold[at].item()!r}; "
+        f"PyTorch is off by {allowed.largest:.3e} at {allowed.position}, in the crowd by {crowd_error:.3e}, "
+        f"so {limit:.3e} is allowed"
     )
 
 
@@ -128,8 +147,8 @@ def conform(run: Run, case: Case, *, crowd: Case | None = None, seed: int = 0) -
     """Hold values and gradients of `run`, under random upstream gradients, and see that it wrote to no leaf.
 
     Args:
-        run: the backend's call on the case's leaves, strides and all; of several tensors, those with a gradient
-            come first.
+        run: the backend's call on the case's leaves, strides and all; of several tensors, those with a
+            gradient come first.
         case: the same call by PyTorch's own functions, and in float64.
         crowd: PyTorch on more inputs of the same kind: its error is the largest over both.
         seed: of the upstream gradients.
