@@ -175,10 +175,15 @@ ALIGNFAST_INLINE void with_dtype(int64_t dtype, Body body) {
 
 // ---- functions ----
 
-// e^x for x <= 88, within 1.1 units in the last place; 0 below -86.6 (where float32 nears its subnormals), NaN for NaN.
+// e^x for x <= 88, within 1.2 units in the last place; NaN for NaN; 0 below -104, and without AVX-512 below -86.6,
+// where float32 nears its subnormals.
 // x = n log 2 + r with |r| <= log(2) / 2, and e^r from a polynomial fitted for relative error (3e-9).
 ALIGNFAST_INLINE F32 exp(F32 x) {
+#if defined(__AVX512F__)
+  constexpr float kLowest = -150.0f;
+#else
   constexpr float kLowest = -86.6f;
+#endif
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the last bits
   const F32 clamped = max(splat(kLowest), x);
   const F32 shifted = fma(clamped, splat(1.44269504f), splat(kRound));
@@ -192,8 +197,12 @@ ALIGNFAST_INLINE F32 exp(F32 x) {
   p = fma(p, r, splat(0.499999934f));
   p = fma(p, r, splat(1.0f));
   p = fma(p, r, splat(1.0f));
+#if defined(__AVX512F__)
+  return (F32)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   const F32 power = float_of((bits_of(shifted) << 23) + 0x3f800000u);  // 2^n
   return x < kLowest ? F32{} : p * power;
+#endif
 }
 
 struct Tanh {
