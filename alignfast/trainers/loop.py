@@ -38,14 +38,14 @@ from alignfast.trainers.interrupt import (
     StopRequest,
     TrainingInterrupted,
 )
-from alignfast.trainers.machine import keep_cpu_memory, make_accelerator
+from alignfast.trainers.machine import keep_cpu_memory, make_accelerator, wrap
 from alignfast.trainers.metrics import Meter, Metrics
 from alignfast.trainers.model_card import model_card, push_folder
 from alignfast.trainers.plan import make_plan
 from alignfast.trainers.runlog import RunLog
 from alignfast.trainers.saving import find_checkpoint, load_best, load_checkpoint, note_best, save_checkpoint
 from alignfast.trainers.state import save_weights
-from alignfast.trainers.update import Updater, make_optimizer
+from alignfast.trainers.update import Updater
 
 MAX_SKIPPED_IN_A_ROW = 3
 
@@ -163,7 +163,7 @@ class Trainer:
         resume = args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         folder = find_checkpoint(self, resume) if resume else None
         self._wrap()
-        self.updater = Updater(args, self.accelerator, self.policy, self._stepper, self.plan.num_steps)
+        self.updater = Updater(args, self.accelerator, self.module, self.plan.num_steps)
         self.handler.optimizer, self.handler.lr_scheduler = self.updater.optimizer, self.updater.scheduler
         if folder is not None:
             load_checkpoint(self, folder)
@@ -195,17 +195,13 @@ class Trainer:
         state.save_steps = steps_of(args.save_steps, num_steps)
 
     def _wrap(self) -> None:
-        """Probe the model, then make `policy`, which is what is called: DDP or FSDP2 and autocast around the module."""
-        if self.policy is None:
-            if not self.args.fsdp:
-                self.module.to(self.accelerator.device)
-            self.module.probe()
-            self.before_training()
-            module: Any = self.module
-            module._no_split_modules = module.base._no_split_modules  # what FSDP2 shards one by one
-        self.accelerator.free_memory()
-        optimizer = make_optimizer(self.module, self.args)
-        self.policy, self._stepper = self.accelerator.prepare(self.module, optimizer)
+        """Make `policy`, which is what is called: DDP, FSDP2 or autocast around the module."""
+        if self.policy is not None:
+            return
+        self.module.to(self.accelerator.device)
+        self.module.probe()
+        self.before_training()
+        self.policy = wrap(self.module, self.args, self.accelerator)
 
     def _run(self) -> TrainOutput:
         args, state, began, first = self.args, self.state, time.perf_counter(), self.state.global_step
@@ -249,7 +245,9 @@ class Trainer:
         self.policy.train()
         for i, run in enumerate(share.runs):
             weight = float(i < share.num_real)
-            with nullcontext() if i + 1 == len(share.runs) else accelerator.no_sync(self.policy):
+            # DDP adds up over ranks once a step; FSDP2 each time, or every rank would hold the whole gradient.
+            apart = getattr(self.policy, "no_sync", nullcontext) if i + 1 < len(share.runs) else nullcontext
+            with apart():
                 batch = self._pack(self.train_data, run)
                 loss, metrics = self.compute_loss(batch, share.counts, weight / share.counts["batches"])
                 accelerator.backward(loss * (weight * accelerator.num_processes))
@@ -333,8 +331,7 @@ class Trainer:
         data = self.eval_data if eval_dataset is None else {"": self._read(eval_dataset)}
         if not data:
             raise ValueError("evaluate() needs an eval_dataset, here or when the trainer is made")
-        if self.policy is None:
-            self._wrap()
+        self._wrap()
         metrics: dict[str, float] = {}
         for name, prepared in data.items():
             prefix = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import FullyShardedDataParallelPlugin
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from alignfast.models.policy import Policy
 from alignfast.trainers.config import TrainerConfig
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def make_accelerator(config: TrainerConfig) -> Accelerator:
-    """Ranks, device and mixed precision, from the config and from the launcher's environment."""
+    """Ranks, device and mixed precision, from the config and from the launcher's environment.
+
+    Raises:
+        ValueError: sharding is asked of accelerate's launcher, of a single rank, or together with fp16.
+        RuntimeError: not all ranks that the launcher started are seen.
+    """
+    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        if os.environ.get(variable, "false").lower() == "true":
+            raise ValueError(
+                f"{variable} is set by the launcher: leave it out there, and shard with fsdp=True"
+            )
     precision: str | None  # None: what the launcher says
     if config.bf16:
         precision = "bf16"
@@ -27,19 +40,36 @@ def make_accelerator(config: TrainerConfig) -> Accelerator:
         precision = "bf16" if torch.cuda.is_bf16_supported() else None
     else:
         precision = None if config.bf16 is None else "no"
-    plugin = None
-    if config.fsdp:
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+    # accelerate keeps one state per process; a second trainer may want another precision.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    # Not told so, accelerate takes torchrun's ranks on a machine without a GPU for processes that stand alone.
+    cpu = config.use_cpu or not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=cpu, mixed_precision=precision)
+    accelerator.gradient_accumulation_steps = 1  # our losses are divided by the whole step's counts already
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != launched:
+        raise RuntimeError(
+            f"the launcher started {launched} ranks and accelerate sees {accelerator.num_processes}"
         )
-    AcceleratorState._reset_state()  # a second trainer of the process may want another precision
-    accelerator = Accelerator(cpu=config.use_cpu, mixed_precision=precision, fsdp_plugin=plugin)
-    accelerator.gradient_accumulation_steps = 1  # our losses are divided by the whole step's count already
-    if config.fsdp and accelerator.num_processes == 1:
-        raise ValueError(
-            "fsdp=True shards over ranks and there is one: start with torchrun or accelerate launch"
-        )
+    if config.fsdp and launched == 1:
+        raise ValueError("fsdp=True shards over ranks and there is one: start with torchrun")
+    if config.fsdp and accelerator.mixed_precision == "fp16":
+        raise ValueError("fsdp=True has no loss scale for fp16: use bf16=True")
     return accelerator
+
+
+def wrap(policy: Policy, config: TrainerConfig, accelerator: Accelerator) -> Any:
+    """The policy as it is to be called: sharded, or replicated by DDP, or alone; in autocast if asked for."""
+    if not config.fsdp:
+        return accelerator.prepare_model(policy)
+    ranks = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    mixed = MixedPrecisionPolicy()
+    if accelerator.mixed_precision == "bf16":
+        mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    layers = policy.base._no_split_modules or ()
+    for module in [module for module in policy.modules() if type(module).__name__ in layers]:
+        fully_shard(module, mesh=ranks, mp_policy=mixed)
+    return fully_shard(policy, mesh=ranks, mp_policy=mixed)
 
 
 def keep_cpu_memory() -> bool:

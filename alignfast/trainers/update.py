@@ -31,10 +31,9 @@ class Updater:
     """Turns the gradients of a whole step into new weights.
 
     Args:
-        config: clipping and schedule.
-        accelerator: which prepared the two that follow.
-        policy: whose parameters they are.
-        stepper: accelerate's optimizer, which knows of fp16's loss scale.
+        config: optimizer, clipping and schedule.
+        accelerator: for fp16's loss scale.
+        module: whose parameters are trained, sharded if they are to be.
         num_steps: of the run.
 
     Attributes:
@@ -43,17 +42,20 @@ class Updater:
     """
 
     def __init__(
-        self, config: TrainerConfig, accelerator: Accelerator, policy: nn.Module, stepper: Any, num_steps: int
+        self, config: TrainerConfig, accelerator: Accelerator, module: nn.Module, num_steps: int
     ) -> None:
         self.max_norm = config.max_grad_norm or math.inf
-        self.accelerator, self.policy, self.stepper = accelerator, policy, stepper
-        self.optimizer: torch.optim.Optimizer = stepper.optimizer
+        self.accelerator = accelerator
+        accelerator.free_memory()  # of an earlier run's optimizer
+        self.optimizer = make_optimizer(module, config)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.stepper = accelerator.prepare_optimizer(self.optimizer)  # knows of the loss scale
         self.scheduler = make_scheduler(self.optimizer, config, num_steps)
         self.skipped = self.skipped_in_a_row = 0
 
     def step(self, loss: float) -> Update:
         """One step of optimizer and schedule; `loss` is the whole step's, alike on all ranks."""
-        total = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.max_norm)
+        total = self.accelerator.clip_grad_norm_(self.parameters, self.max_norm)
         grad_norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
         learning_rate = float(self.scheduler.get_last_lr()[0])
         scaler = self.accelerator.scaler

@@ -1,0 +1,77 @@
+"""Two ranks, replicated or sharded, give one rank's losses, gradients and weights, on uneven rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from trainers import two_ranks
+from transformers import AutoModelForCausalLM
+
+TOLERANCE = 1e-6
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folder of all runs: ddp/ and fsdp/ by one launch of two ranks, one/ in this process."""
+    root = tmp_path_factory.mktemp("ranks")
+    for method in two_ranks.METHODS:
+        two_ranks.run(root / "one" / method, method, fsdp=False)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.run(
+        [*launch, two_ranks.__file__, str(root / "two")],
+        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-4000:]
+    return root
+
+
+def read(runs: Path, sharding: str, method: str, what: str, suffix: str = ""):
+    folder = runs / "one" / method if sharding == "one" else runs / "two" / sharding / method
+    if what == "log":
+        return json.loads((folder / f"log{suffix}.json").read_text())
+    return load_file(folder / f"{what}{suffix}.safetensors")
+
+
+@pytest.mark.parametrize("sharding", two_ranks.SHARDINGS)
+@pytest.mark.parametrize("method", two_ranks.METHODS)
+def test_two_ranks_equal_one(runs, sharding, method):
+    one, two = read(runs, "one", method, "log"), read(runs, sharding, method, "log")
+    assert [row["step"] for row in one] == [row["step"] for row in two]
+    for mine, theirs in zip(one, two):
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            if "second" not in name and "runtime" not in name:
+                assert theirs[name] == pytest.approx(mine[name], abs=TOLERANCE, rel=TOLERANCE), name
+    one, two = read(runs, "one", method, "gradients"), read(runs, sharding, method, "gradients")
+    assert len(one) == 4
+    for step in one:
+        assert (one[step] - two[step]).abs().max() <= TOLERANCE
+    one, two = read(runs, "one", method, "weights"), read(runs, sharding, method, "weights")
+    assert one.keys() == two.keys()
+    assert all((one[name] - two[name]).abs().max() <= TOLERANCE for name in one)
+
+
+@pytest.mark.parametrize("sharding", two_ranks.SHARDINGS)
+@pytest.mark.parametrize("method", two_ranks.METHODS)
+def test_resumed_ranks_equal_uninterrupted(runs, sharding, method):
+    assert len(read(runs, sharding, method, "gradients", "-resumed")) == 2  # it ran steps 3 and 4 alone
+    whole, resumed = (
+        read(runs, sharding, method, "weights"),
+        read(runs, sharding, method, "weights", "-resumed"),
+    )
+    assert all((whole[name] - resumed[name]).abs().max() <= TOLERANCE for name in whole)
+
+
+@pytest.mark.parametrize("sharding", two_ranks.SHARDINGS)
+@pytest.mark.parametrize("method", ["sft", "sft-tied"])
+def test_a_checkpoint_of_two_ranks_loads_in_transformers(runs, sharding, method):
+    weights = read(runs, sharding, method, "weights")
+    model = AutoModelForCausalLM.from_pretrained(runs / "two" / sharding / method / "checkpoints" / "step-4")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())

@@ -1,0 +1,81 @@
+"""Run by torchrun in test_two_ranks.py: every case trained on these ranks, what came out left in files.
+
+PYTHONPATH=tests torchrun --nproc-per-node 2 tests/trainers/two_ranks.py FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from trainers.tiny import make_llama, make_pairs, make_rows, make_tokenizer
+from transformers import TrainerCallback
+
+from alignfast import DPOTrainer, SFTTrainer
+from alignfast.trainers.state import whole
+
+LORA = dict(peft_config=dict(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"]))
+METHODS = {
+    "sft": (SFTTrainer, {}),
+    "sft-tied": (SFTTrainer, {}),
+    "sft-tokens": (SFTTrainer, dict(max_tokens_per_batch=16)),
+    "dpo": (DPOTrainer, {}),
+    "dpo-lora": (DPOTrainer, LORA),
+    "dpo-precomputed": (DPOTrainer, dict(precompute_ref_log_probs=True)),
+    "dpo-sft": (DPOTrainer, dict(loss_type=["sigmoid", "sft"])),
+}
+SHARDINGS = ("ddp", "fsdp")
+
+
+class KeepGradients(TrainerCallback):
+    """The whole gradients of every step, before clipping, end to end."""
+
+    def __init__(self) -> None:
+        self.gradients: list[torch.Tensor] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        wholes = [whole(p.grad).flatten() for _, p in sorted(model.named_parameters()) if p.requires_grad]
+        self.gradients.append(torch.cat(wholes).clone())
+
+
+def run(folder: Path, method: str, fsdp: bool, resume: bool = False) -> None:
+    trainer_class, options = METHODS[method]
+    make, keep = (make_rows if trainer_class is SFTTrainer else make_pairs), KeepGradients()
+    trainer = trainer_class(
+        make_llama(tie_word_embeddings=method == "sft-tied"), train_dataset=make(7), eval_dataset=make(5, 3),
+        processing_class=make_tokenizer(), callbacks=[keep], output_dir=str(folder), report_to="none", fsdp=fsdp,
+        # 7 rows in steps of 4: every other step has 3, so that one of two ranks has a micro-batch less
+        per_device_train_batch_size=1, gradient_accumulation_steps=4 // int(os.environ.get("WORLD_SIZE", 1)),
+        max_steps=4, learning_rate=1e-2, adam_epsilon=1e-3, logging_steps=1, eval_steps=4, save_steps=2,
+        disable_tqdm=True, **options,
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoints" / "step-2") if resume else None)
+    assert fsdp == any(isinstance(p, DTensor) for p in trainer.module.parameters())
+    state = {name: whole(tensor).clone().contiguous() for name, tensor in trainer.model.state_dict().items()}
+    if trainer.accelerator.is_main_process:
+        suffix = "-resumed" if resume else ""
+        gradients = {str(step): gradient for step, gradient in enumerate(keep.gradients)}
+        save_file(state, folder / f"weights{suffix}.safetensors")
+        save_file(gradients, folder / f"gradients{suffix}.safetensors")
+        (folder / f"log{suffix}.json").write_text(json.dumps(trainer.state.log_history))
+    trainer.accelerator.wait_for_everyone()
+
+
+def main(root: Path) -> None:
+    torch.set_num_threads(1)
+    for sharding in SHARDINGS:
+        for method in METHODS:
+            run(root / sharding / method, method, fsdp=sharding == "fsdp")
+            run(root / sharding / method, method, fsdp=sharding == "fsdp", resume=True)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    shutil.rmtree(sys.argv[1], ignore_errors=True)
+    main(Path(sys.argv[1]))
