@@ -18,7 +18,7 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for x >= 0. The rounding of 1 + x is undone by the last factor (a trick of W. Kahan)."""
+    """log(1 + x) for finite x >= 0. The rounding of 1 + x is undone by the last factor (a trick of W. Kahan)."""
     u = 1.0 + x
     return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
 

@@ -17,22 +17,16 @@ Letters: T tokens, H query heads, K key heads, G = H / K, E head width, EP the n
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from alignfast.kernels._attention_tiles import Tile, key_tiles, positions, query_tiles, tile_of
 from alignfast.kernels._triton_math import LN2, LOG2E, LOWEST, tanh
 from alignfast.kernels.packed_attention import AttentionOptions, PackedLayout
 
-_WIDEST = 256
-# (rows of queries, keys, warps, stages) by the bytes of a head's row: what compiles without spills for sm_80 and
-# sm_90. A fixed table: a search at run time would start again at every new batch of lengths.
-_FORWARD = {256: (128, 64, 8, 3), 512: (128, 64, 8, 2), 1024: (32, 32, 4, 1)}
-_DQUERY = {256: (128, 64, 8, 2), 512: (64, 64, 8, 2), 1024: (32, 32, 4, 1)}
-_DKEY = {256: (64, 128, 8, 2), 512: (32, 64, 8, 2), 1024: (32, 32, 4, 1)}
+_WIDEST = 256  # of a head
 
 
 def forward(
@@ -44,20 +38,20 @@ def forward(
         RuntimeError: the heads are wider than 256.
     """
     T, H, E = query_THE.shape
+    device = query_THE.device
     if E > _WIDEST:
         raise RuntimeError(
             f"Triton attention takes heads up to {_WIDEST} wide, got {E}; pass backend='torch'"
         )
     query_THE, key_TKE, value_TKE = (_unit_columns(x) for x in (query_THE, key_TKE, value_TKE))
-    out_THE = torch.empty((T, H, E), dtype=query_THE.dtype, device=query_THE.device)
-    lse_HT = torch.empty((H, T), dtype=torch.float32, device=query_THE.device)
+    out_THE = torch.empty((T, H, E), dtype=query_THE.dtype, device=device)
+    lse_HT = torch.empty((H, T), dtype=torch.float32, device=device)
     if T:
-        rows, keys, launch = _tile(_FORWARD, query_THE)
-        sizes = _sizes(query_THE, key_TKE, options)
-        blocks_N5 = _query_blocks(layout, sizes["G"], rows, query_THE.device)
-        _forward_kernel[(len(blocks_N5) * sizes["K"],)](
-            query_THE, key_TKE, value_TKE, out_THE, lse_HT, blocks_N5, *query_THE.stride()[:2],
-            *key_TKE.stride()[:2], *value_TKE.stride()[:2], T, *options, **sizes, ROWS=rows, KEYS=keys, **launch,
+        sizes, tile = _sizes("forward", query_THE, key_TKE, options)
+        tiles_N5 = query_tiles(layout, sizes["G"], tile.rows, device)
+        _forward_kernel[(len(tiles_N5) * sizes["K"],)](
+            query_THE, key_TKE, value_TKE, out_THE, lse_HT, tiles_N5,
+            *_strides(query_THE, key_TKE, value_TKE), T, *options, **sizes,
         )  # fmt: skip
     return out_THE, lse_HT
 
@@ -73,96 +67,56 @@ def backward(
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dquery_THE, dkey_TKE, dvalue_TKE), contiguous."""
-    dout_THE, query_THE, key_TKE, value_TKE = (
-        _unit_columns(x) for x in (dout_THE, query_THE, key_TKE, value_TKE)
-    )
-    dquery_THE, dkey_TKE, dvalue_TKE = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query_THE, key_TKE, value_TKE)
-    )
-    T = query_THE.shape[0]
+    inputs = tuple(_unit_columns(x) for x in (dout_THE, query_THE, key_TKE, value_TKE))
+    gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[1:])
+    T, device = query_THE.shape[0], query_THE.device
     if T == 0:
-        return dquery_THE, dkey_TKE, dvalue_TKE
-    device, sizes = query_THE.device, _sizes(query_THE, key_TKE, options)
+        return gradients
     delta_HT = torch.empty_like(lse_HT)
-    strides = [x.stride(k) for x in (dout_THE, query_THE, key_TKE, value_TKE) for k in (0, 1)]
+    strides = _strides(*inputs)
 
-    rows, keys, launch = _tile(_DQUERY, query_THE)
-    blocks_N5 = _query_blocks(layout, sizes["G"], rows, device)
-    _dquery_kernel[(len(blocks_N5) * sizes["K"],)](
-        dout_THE, query_THE, key_TKE, value_TKE, out_THE, lse_HT, delta_HT, dquery_THE, blocks_N5, *strides,
-        T, *options, **sizes, ROWS=rows, KEYS=keys, **launch,
-    )  # fmt: skip
-    rows, keys, launch = _tile(_DKEY, query_THE)
-    blocks_N3 = _key_blocks(layout, keys, options.window, device)
-    positions_T = _positions(layout, device) if options.window else lse_HT  # not read without a window
-    _dkey_kernel[(len(blocks_N3) * sizes["K"],)](
-        dout_THE, query_THE, key_TKE, value_TKE, lse_HT, delta_HT, positions_T, dkey_TKE, dvalue_TKE, blocks_N3,
-        *strides, T, *options, **sizes, ROWS=rows, KEYS=keys, **launch,
-    )  # fmt: skip
-    return dquery_THE, dkey_TKE, dvalue_TKE
+    sizes, tile = _sizes("dquery", query_THE, key_TKE, options)
+    tiles_N5 = query_tiles(layout, sizes["G"], tile.rows, device)
+    _dquery_kernel[(len(tiles_N5) * sizes["K"],)](
+        *inputs, out_THE, lse_HT, delta_HT, gradients[0], tiles_N5, *strides, T, *options, **sizes
+    )
+    sizes, tile = _sizes("dkey", query_THE, key_TKE, options)
+    tiles_N3 = key_tiles(layout, tile.keys, options.window, device)
+    positions_T = positions(layout, device) if options.window else tiles_N3  # not read without a window
+    _dkey_kernel[(len(tiles_N3) * sizes["K"],)](
+        *inputs, lse_HT, delta_HT, positions_T, *gradients[1:], tiles_N3, *strides, T, *options, **sizes
+    )
+    return gradients
 
 
 def _unit_columns(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _sizes(query_THE: Tensor, key_TKE: Tensor, options: AttentionOptions) -> dict[str, int | bool]:
+def _strides(*tensors: Tensor) -> list[int]:
+    """Strides of tokens and heads."""
+    return [x.stride(k) for x in tensors for k in (0, 1)]
+
+
+def _sizes(
+    kernel: str, query_THE: Tensor, key_TKE: Tensor, options: AttentionOptions
+) -> tuple[dict[str, int | bool], Tile]:
     _, K, E = key_TKE.shape
+    width = max(16, triton.next_power_of_2(E))  # a product wants at least 16
+    tile = tile_of(kernel, query_THE.element_size(), width, query_THE.device)
     return {
         "K": K,
         "G": query_THE.shape[1] // K,
         "E": E,
-        "EP": max(16, triton.next_power_of_2(E)),  # a product wants at least 16
+        "EP": width,
         "WINDOW": options.window > 0,
         "SOFTCAP": options.softcap > 0,
         "WIDEN": query_THE.device.type == "cpu",  # the interpreter multiplies the bit patterns of bfloat16
-    }
-
-
-def _tile(table: dict[int, tuple[int, int, int, int]], query_THE: Tensor) -> tuple[int, int, dict[str, int]]:
-    row_bytes = max(256, triton.next_power_of_2(query_THE.shape[2]) * query_THE.element_size())
-    rows, keys, warps, stages = table[row_bytes]
-    return rows, keys, {"num_warps": warps, "num_stages": stages}
-
-
-# Cached by the layout: every layer of a model asks for the same tables.
-@functools.lru_cache(maxsize=32)
-def _query_blocks(layout: PackedLayout, group: int, rows: int, device: torch.device) -> Tensor:
-    """(first row, start, length, prompt_start, prompt_length) of each tile of queries, those with most keys first."""
-    blocks = [
-        (first, *segment) for segment in layout.segments for first in range(0, segment[1] * group, rows)
-    ]
-    blocks.sort(key=lambda block: -(block[4] + min(block[2], (block[0] + rows) // group)))
-    return _on(device, blocks)
-
-
-@functools.lru_cache(maxsize=32)
-def _key_blocks(layout: PackedLayout, keys: int, window: int, device: torch.device) -> Tensor:
-    """(first key, end of its segment, end of the queries that see it) of each tile of keys, longest walk first."""
-    spans, start = [], 0
-    for prompt, answers in zip(layout.prompts, layout.answers):
-        tree_end = start + prompt + sum(answers)
-        for index, length in enumerate((prompt, *answers)):
-            spans.append((start, start + length, tree_end if index == 0 else start + length))
-            start += length
-    blocks = []
-    for start, end, seen_until in spans:
-        for first in range(start, end, keys):
-            last = min(first + keys, end) - 1
-            # The nearest query past the segment stands at `end`; where it is out of the window, so are the others.
-            reach = last + window if window and end - last >= window else seen_until
-            blocks.append((first, end, min(reach, seen_until)))
-    blocks.sort(key=lambda block: block[0] - block[2])
-    return _on(device, blocks)
-
-
-@functools.lru_cache(maxsize=32)
-def _positions(layout: PackedLayout, device: torch.device) -> Tensor:
-    return layout.positions().to(torch.int32).to(device, non_blocking=True)
-
-
-def _on(device: torch.device, blocks: list[tuple[int, ...]]) -> Tensor:
-    return torch.tensor(blocks, dtype=torch.int32).to(device, non_blocking=True)
+        "ROWS": tile.rows,
+        "KEYS": tile.keys,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }, tile
 
 
 @triton.jit
@@ -198,9 +152,9 @@ def _scores(a, b, scale, softcap, SOFTCAP: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @triton.jit
-def _query_tile(blocks_ptr, K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr):
+def _query_tile(tiles_ptr, K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr):
     """A program's block of queries: heads, rows, positions, which of them exist; and its sequence's lie."""
-    block = blocks_ptr + tl.program_id(0) // K * 5
+    block = tiles_ptr + tl.program_id(0) // K * 5
     first, start, length = tl.load(block), tl.load(block + 1), tl.load(block + 2)
     prompt_start, prompt_length = tl.load(block + 3), tl.load(block + 4)
     r = first + tl.arange(0, ROWS)
@@ -279,13 +233,13 @@ def _attend(
 
 @triton.jit(do_not_specialize=["T", "window"])
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, blocks_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles_ptr,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, T, scale, window, softcap,
     K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, WIDEN: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     heads, rows, positions, exists, first, start, length, prompt_start, prompt_length = _query_tile(
-        blocks_ptr, K, G, ROWS
+        tiles_ptr, K, G, ROWS
     )
     low, full, high = _key_range(first, length, prompt_length, window, G, ROWS, KEYS, WINDOW)
     columns = tl.arange(0, EP)
@@ -332,7 +286,7 @@ def _dquery_walk(
 
 @triton.jit(do_not_specialize=["T", "window"])
 def _dquery_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, delta_ptr, dq_ptr, blocks_ptr,
+    dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, delta_ptr, dq_ptr, tiles_ptr,
     dout_stride, dout_head_stride, q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
     T, scale, window, softcap,
     K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, WINDOW: tl.constexpr,
@@ -340,7 +294,7 @@ def _dquery_kernel(
 ):  # fmt: skip
     """dq, and delta = sum dout * out of every query, which the kernel of the keys reads."""
     heads, rows, positions, exists, first, start, length, prompt_start, prompt_length = _query_tile(
-        blocks_ptr, K, G, ROWS
+        tiles_ptr, K, G, ROWS
     )
     low, full, high = _key_range(first, length, prompt_length, window, G, ROWS, KEYS, WINDOW)
     columns = tl.arange(0, EP)
@@ -401,7 +355,7 @@ def _dkey_walk(
 
 @triton.jit(do_not_specialize=["T", "window"], do_not_specialize_on_alignment=["positions_ptr"])
 def _dkey_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, positions_ptr, dk_ptr, dv_ptr, blocks_ptr,
+    dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, positions_ptr, dk_ptr, dv_ptr, tiles_ptr,
     dout_stride, dout_head_stride, q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
     T, scale, window, softcap,
     K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, WINDOW: tl.constexpr,
@@ -409,7 +363,7 @@ def _dkey_kernel(
 ):  # fmt: skip
     """dk and dv of a block of keys. A query sees a key when it lies at or after it: in rows, within the block's span."""
     tl.static_assert(KEYS % ROWS == 0)  # the diagonal ends where a block of queries does
-    block = blocks_ptr + tl.program_id(0) // K * 3
+    block = tiles_ptr + tl.program_id(0) // K * 3
     first, end, seen_until = tl.load(block), tl.load(block + 1), tl.load(block + 2)
     head = tl.program_id(0) % K
     columns = tl.arange(0, EP)

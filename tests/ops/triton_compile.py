@@ -1,0 +1,150 @@
+"""Compiles the kernels that an op would launch on a GPU, without a GPU: `triton_compile.py '[[OP, ARCH, DTYPE, OPTIONS], ...]'`.
+
+The op's own host code runs on tensors of the meta device, which have shapes and no memory; each launch is caught,
+specialised as Triton's runtime would, and compiled by the ptxas of Triton's wheel. Prints one JSON line a kernel.
+
+It must be a process of its own: `TRITON_INTERPRET`, which the tests set, turns kernels into Python when they are
+imported.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+_TYPES = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32"
+}  # fmt: skip
+
+
+class Launch:
+    """A caught launch: what Triton's runtime makes of its arguments. Launches with equal `key` share one binary."""
+
+    def __init__(self, kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.kernel = kernel
+        self.signature: dict[str, str] = {}
+        self.constants: dict[str, Any] = {}
+        self.aligned: list[int] = []
+        values = dict(zip(kernel.arg_names, args)) | kwargs
+        for index, parameter in enumerate(kernel.params):
+            self._add(index, parameter, values.pop(parameter.name))
+        self.options = values
+
+    def _add(self, index: int, parameter: Any, value: Any) -> None:
+        name, plain = parameter.name, parameter.do_not_specialize
+        if parameter.is_constexpr or (type(value) is int and value == 1 and not plain):
+            self.signature[name], self.constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            self.signature[name] = _TYPES[value.dtype]
+            if not parameter.do_not_specialize_on_alignment:
+                self.aligned.append(index)
+        elif isinstance(value, float):
+            self.signature[name] = "fp32"
+        else:
+            self.signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0 and not plain:
+                self.aligned.append(index)
+
+    @property
+    def key(self) -> str:
+        return f"{self.kernel.__name__} {self.signature} {self.constants} {self.aligned} {self.options}"
+
+    def compile(self, arch: int) -> dict[str, Any]:
+        attributes = {(index,): [["tt.divisibility", 16]] for index in self.aligned}
+        source = ASTSource(self.kernel, self.signature, constexprs=self.constants, attrs=attributes)
+        binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=self.options)
+        usage = _resource_usage(binary.asm["cubin"])
+        return {"kernel": self.kernel.__name__, "arch": arch, "shared": binary.metadata.shared, **usage}
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    text = run.stdout + run.stderr
+    return {
+        "registers": int(re.search(r"REG:(\d+)", text)[1]),
+        "spilled_bytes": int(re.search(r"STACK:(\d+)", text)[1]),
+    }
+
+
+def catch(op: str, dtype: torch.dtype, tokens: int, **options: Any) -> list[Launch]:
+    """The launches of an op's forward and backward on `tokens` tokens, at the sizes of an 8B model."""
+    caught: list[Launch] = []
+    run = JITFunction.run
+    JITFunction.run = lambda kernel, *args, grid, warmup, **kwargs: caught.append(
+        Launch(kernel, args, kwargs)
+    )
+    try:
+        {
+            "token_logps": _token_logps,
+            "preference_loss": _preference_loss,
+            "packed_attention": _packed_attention,
+        }[op](dtype, tokens, **options)
+    finally:
+        JITFunction.run = run
+    return caught
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _token_logps(dtype: torch.dtype, tokens: int, stats: tuple[str, ...] = ("entropy",)) -> None:
+    from alignfast.kernels import token_logps_triton
+    from alignfast.kernels.token_logps import row_options
+
+    logits_TV, targets_T = _meta(tokens, 128256, dtype=dtype), _meta(tokens, dtype=torch.int64)
+    options = row_options(1.0, None, 1.0, -100, stats)
+    stats_KT = token_logps_triton.forward(logits_TV, targets_T, options)
+    token_logps_triton.backward(logits_TV, targets_T, stats_KT, stats_KT, options, logits_TV)
+
+
+def _preference_loss(dtype: torch.dtype, tokens: int) -> None:
+    from alignfast.kernels import preference_loss_triton
+
+    pairs = tokens // 100
+    for code in range(4):
+        preference_loss_triton.forward(
+            _meta(tokens), _meta(2 * pairs + 1, dtype=torch.int64), _meta(pairs), _meta(pairs), code, 0.1, 0.0
+        )
+
+
+def _packed_attention(
+    dtype: torch.dtype,
+    tokens: int,
+    width: int = 128,
+    window: int = 0,
+    softcap: float = 0.0,
+    large: bool = True,
+) -> None:
+    from alignfast.kernels import _attention_tiles, packed_attention_triton
+    from alignfast.kernels.packed_attention import AttentionOptions, PackedLayout
+
+    _attention_tiles.is_large = lambda device: large  # as on sm_90
+    layout = PackedLayout((tokens // 2,), ((tokens - tokens // 2,),))
+    options = AttentionOptions(0.1, window, softcap)
+    q_THE, k_TKE = _meta(tokens, 32, width, dtype=dtype), _meta(tokens, 8, width, dtype=dtype)
+    out_THE, lse_HT = packed_attention_triton.forward(q_THE, k_TKE, k_TKE, layout, options)
+    packed_attention_triton.backward(q_THE, q_THE, k_TKE, k_TKE, out_THE, lse_HT, layout, options)
+
+
+if __name__ == "__main__":
+    for op, arch, dtype, options in json.loads(sys.argv[1]):
+        launches, others = (catch(op, getattr(torch, dtype), tokens, **options) for tokens in (8192, 4099))
+        for launch, other in zip(launches, others, strict=True):
+            report = launch.compile(arch) | {"same_binary_for_other_lengths": launch.key == other.key}
+            print(json.dumps({"op": op, "dtype": dtype, "large": arch == 90, **options, **report}))
