@@ -134,16 +134,16 @@ def test_missing_functions_at_their_ends(function: Any, x: list[float], expected
 
 
 def test_offsets_pass_two_to_the_31() -> None:
-    """Two rows 2^31 numbers apart: 4 GB of addresses, of which two pages are touched."""
+    """The third row lies 2^31 numbers from the first: 4 GB of addresses, of which three pages are touched."""
     V = 37
     store = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=DEVICE)
-    logits_TV = store.as_strided((2, V), (2**31, 1))
-    logits_TV.copy_(torch.randn(2, V))
-    targets_T = torch.tensor([3, 4], device=DEVICE)
+    logits_TV = store.as_strided((3, V), (2**30, 1))
+    logits_TV.copy_(torch.randn(3, V))
+    targets_T = torch.tensor([3, 4, 5], device=DEVICE)
     options = row_options(1.0, None, 1.0, -100, ())
     stats_KT = token_logps_triton.forward(logits_TV, targets_T, options)
     torch.testing.assert_close(stats_KT, _Torch.forward(logits_TV, targets_T, options))
-    expected_TV = torch.empty(2, V, dtype=torch.bfloat16, device=DEVICE)
+    expected_TV = torch.empty(3, V, dtype=torch.bfloat16, device=DEVICE)
     token_logps_triton.backward(
         logits_TV, targets_T, stats_KT, torch.ones_like(stats_KT), options, expected_TV
     )
