@@ -13,6 +13,11 @@ PROMPTS = ["the cat", "a", "the dog sat on the mat and", "very happy bird"]
 TEMPLATE = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
 
 
+def sharp_llama() -> torch.nn.Module:
+    """Weights so large that every prompt token bears on the answer; the usual ones give all prompts the same."""
+    return make_llama(3, initializer_range=0.5)
+
+
 def greedy(model: torch.nn.Module, prompt: str, num_tokens: int) -> str:
     ids = TOKENIZER(prompt)["input_ids"]
     start = len(ids)
@@ -27,7 +32,7 @@ def greedy(model: torch.nn.Module, prompt: str, num_tokens: int) -> str:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
 def test_greedy_is_the_models_own_whatever_the_batch(batch_size: int) -> None:
-    model = make_llama(3)
+    model = sharp_llama()
     found = generate_texts(
         model, TOKENIZER, PROMPTS, temperature=0, max_new_tokens=8, num_samples=2, batch_size=batch_size
     )
@@ -36,7 +41,7 @@ def test_greedy_is_the_models_own_whatever_the_batch(batch_size: int) -> None:
 
 
 def test_samples_follow_the_models_probabilities() -> None:
-    model = make_llama(3)
+    model = sharp_llama()
     with torch.no_grad():
         p_V = model(input_ids=torch.tensor([TOKENIZER("the cat")["input_ids"]])).logits[0, -1].softmax(-1)
     (samples,) = generate_texts(
@@ -49,7 +54,7 @@ def test_samples_follow_the_models_probabilities() -> None:
 
 
 def test_a_seed_gives_the_same_again_and_leaves_torchs_own() -> None:
-    model = make_llama(3)
+    model = sharp_llama()
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
@@ -61,7 +66,7 @@ def test_a_seed_gives_the_same_again_and_leaves_torchs_own() -> None:
 
 
 def test_generation_stops_at_the_end_token_and_keeps_the_mode() -> None:
-    model = make_llama(3).train()
+    model = sharp_llama().train()
     with torch.no_grad():
         model.lm_head.weight[TOKENIZER.eos_token_id] = 0
         model.lm_head.weight[5:] = -1000 * model.lm_head.weight[5:].abs()
@@ -71,7 +76,7 @@ def test_generation_stops_at_the_end_token_and_keeps_the_mode() -> None:
 
 
 def test_texts_become_a_users_turn_where_there_is_a_template() -> None:
-    model, tokenizer = make_llama(3), make_tokenizer()
+    model, tokenizer = sharp_llama(), make_tokenizer()
     with pytest.raises(ValueError, match="chat template"):
         generate_texts(model, tokenizer, [[{"role": "user", "content": "the cat"}]])
     with pytest.raises(ValueError, match="chat template"):
@@ -87,7 +92,7 @@ def test_texts_become_a_users_turn_where_there_is_a_template() -> None:
 
 
 def test_a_tokenizer_without_a_pad_token_will_do() -> None:
-    model, tokenizer = make_llama(3), make_tokenizer()
+    model, tokenizer = sharp_llama(), make_tokenizer()
     expected = generate_texts(model, tokenizer, PROMPTS, temperature=0, max_new_tokens=6)
     tokenizer.pad_token = None
     assert generate_texts(model, tokenizer, PROMPTS, temperature=0, max_new_tokens=6) == expected

@@ -1,0 +1,37 @@
+"""`alignfast init`: a commented recipe to start from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignfast.commands.parser import parse_options
+from alignfast.commands.recipes import RECIPES
+
+
+@dataclass(frozen=True)
+class InitOptions:
+    """Which recipe, and where it goes."""
+
+    recipe: str
+    """sft, dpo or dpo_lora."""
+    output: str | None = None
+    """File to write; unless given, RECIPE.yaml."""
+    force: bool = False
+    """Write over a file that is there."""
+
+
+def run(command: str, argv: Sequence[str]) -> None:
+    """Write the recipe."""
+    (options,) = parse_options(
+        command, argv, InitOptions, positional=("recipe",), description=f"Recipes: {', '.join(RECIPES)}."
+    )
+    if options.recipe not in RECIPES:
+        raise ValueError(f"there is no recipe {options.recipe!r}; there are {', '.join(RECIPES)}")
+    file = Path(options.output or f"{options.recipe}.yaml")
+    if file.exists() and not options.force:
+        raise ValueError(f"{file} is there already: give another --output, or --force to write over it")
+    file.write_text(RECIPES[options.recipe])
+    command = options.recipe.split("_")[0]
+    print(f"recipe: {file}\nedit model and train_dataset, then: alignfast {command} --config {file}")

@@ -1,0 +1,88 @@
+"""The recipes that `alignfast init` writes; the files under examples/ are these texts."""
+
+from __future__ import annotations
+
+_SFT = """\
+# Supervised fine-tuning: alignfast sft --config sft.yaml
+# Any option can be given on the command line as well: --learning_rate 1e-5. `alignfast sft --help` lists all.
+
+model: YOUR_MODEL                  # a folder, or a name on the hub
+train_dataset: YOUR_TEXTS.jsonl    # rows of {"prompt", "completion"}, {"messages"} or {"text"}; .parquet works too
+# eval_dataset: HELD_OUT.jsonl     # evaluated every eval_steps and at the end
+output_dir: sft_output             # model, metrics.jsonl, checkpoints, report.html
+
+# A step is per_device_train_batch_size x gradient_accumulation_steps rows on each GPU.
+per_device_train_batch_size: 8
+gradient_accumulation_steps: 1
+num_train_epochs: 3
+learning_rate: 2.0e-5
+lr_scheduler_type: cosine
+warmup_steps: 0.03                 # below 1: a share of the run
+max_length: 1024                   # longer rows are cut
+
+# Memory: less of it for about a quarter more work.
+gradient_checkpointing: true
+# max_tokens_per_batch: 8192       # cuts micro-batches by tokens; the result stays the same
+
+logging_steps: 10
+# eval_steps: 100
+save_steps: 200
+save_total_limit: 2
+seed: 42
+"""
+
+_DPO_HEAD = """\
+# Direct preference optimisation: alignfast dpo --config {file}
+# Any option can be given on the command line as well: --beta 0.2. `alignfast dpo --help` lists all.
+
+model: YOUR_MODEL                  # a folder, or a name on the hub; best one that was fine-tuned already
+train_dataset: YOUR_PAIRS.jsonl    # rows of {{"prompt", "chosen", "rejected"}}; .parquet works too
+# eval_dataset: HELD_OUT.jsonl     # evaluated every eval_steps and at the end
+output_dir: {output}
+"""
+
+_DPO_TAIL = """\
+
+beta: 0.1                          # how much staying near the reference counts
+loss_type: sigmoid                 # or ipo, hinge, robust, apo_zero, simpo, ...; [sigmoid, sft] adds likelihood
+
+# A step is per_device_train_batch_size x gradient_accumulation_steps pairs on each GPU.
+per_device_train_batch_size: 4
+gradient_accumulation_steps: 4
+num_train_epochs: 1
+learning_rate: {rate}
+lr_scheduler_type: cosine
+warmup_steps: 0.1                  # below 1: a share of the run
+max_length: 1024                   # longer rows are cut
+
+# Memory: less of it for about a quarter more work.
+gradient_checkpointing: true
+# max_tokens_per_batch: 8192       # cuts micro-batches by tokens; the result stays the same
+
+logging_steps: 10
+# eval_steps: 100
+save_steps: 200
+save_total_limit: 2
+seed: 42
+"""
+
+_REFERENCE = """\
+precompute_ref_log_probs: true     # the reference is run once, beforehand: no second model in memory
+"""
+
+_LORA = """
+use_peft: true                     # train adapters alone; the reference is the model without them
+lora_r: 16
+lora_alpha: 32
+lora_target_modules: all-linear    # `alignfast merge dpo_lora_output MERGED` adds them into the weights
+"""
+
+RECIPES = {
+    "sft": _SFT,
+    "dpo": _DPO_HEAD.format(file="dpo.yaml", output="dpo_output")
+    + _REFERENCE
+    + _DPO_TAIL.format(rate="1.0e-6"),
+    "dpo_lora": _DPO_HEAD.format(file="dpo_lora.yaml", output="dpo_lora_output")
+    + _LORA
+    + _DPO_TAIL.format(rate="1.0e-5"),
+}

@@ -1,0 +1,134 @@
+"""Plots as SVG text to stand inside a page: lines and labels take the page's colours, so that they suit light and dark.
+
+Matplotlib writes colours as they are given, so text and axes are drawn in stand-in colours that the SVG's text then
+has replaced by CSS variables.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+_INK, _GRID = "#010203", "#040506"
+# Told apart by people who are colour-blind, and readable on white and on near-black (Okabe and Ito, darkened).
+COLOURS = ("#2f81c7", "#e0861a", "#1a9c77", "#c4567e", "#8a6fc4", "#7a7a7a")
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "alignfast",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.edgecolor": _GRID,
+    "axes.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+}
+
+
+class Line(NamedTuple):
+    """Values over steps; `dashed` for held-out data."""
+
+    steps: Sequence[float]
+    values: Sequence[float]
+    dashed: bool = False
+
+
+def line_plot(lines: Mapping[str, Line], *, label: str, log: bool = False) -> str:
+    """Lines over steps as an SVG element.
+
+    Args:
+        lines: by their name in the legend; a single line has no legend.
+        label: what the values are, for people who don't see the plot.
+        log: put the values on a logarithmic scale.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.4, 2.9), layout="constrained")
+        axes = figure.subplots()
+        for colour, (name, line) in zip(_cycle(len(lines)), lines.items()):
+            alone = len(line.steps) == 1
+            axes.plot(
+                line.steps, line.values, "--" if line.dashed else "-", color=colour, label=name, linewidth=1.8,
+                marker="o" if alone or line.dashed else None, markersize=4,
+            )  # fmt: skip
+        axes.set_xlabel("step")
+        if log:
+            axes.set_yscale("log")
+        axes.margins(x=0.01)
+        if len(lines) > 1:
+            axes.legend(loc="best")
+        return svg(figure, label)
+
+
+def interval_plot(
+    rows: Mapping[str, Mapping[str, tuple[float, float, float]]], *, label: str, middle: float
+) -> str:
+    """Estimates with their intervals, one row a name, one colour a kind, as an SVG element.
+
+    Args:
+        rows: name, kind, and (estimate, low, high).
+        label: what the values are, for people who don't see the plot.
+        middle: where a line is drawn: no difference.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7.2, 0.9 + 0.5 * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        draw_intervals(axes, rows, middle)
+        return svg(figure, label)
+
+
+def draw_intervals(
+    axes: Axes, rows: Mapping[str, Mapping[str, tuple[float, float, float]]], middle: float
+) -> None:
+    """The same on axes of a figure of one's own."""
+    kinds = list(dict.fromkeys(kind for values in rows.values() for kind in values))
+    for kind, colour in zip(kinds, _cycle(len(kinds))):
+        points = [(at, values[kind]) for at, values in enumerate(rows.values()) if kind in values]
+        offset = 0.13 * (kinds.index(kind) - (len(kinds) - 1) / 2)
+        estimates = [value[0] for _, value in points]
+        errors = [[v[0] - v[1] for _, v in points], [v[2] - v[0] for _, v in points]]
+        axes.errorbar(
+            estimates, [at + offset for at, _ in points], xerr=errors, fmt="o", color=colour, label=kind,
+            capsize=3, markersize=6, linewidth=2,
+        )  # fmt: skip
+    axes.axvline(middle, color=matplotlib.rcParams["text.color"], linewidth=1, linestyle=":")
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(0, 1)
+    axes.grid(axis="y", visible=False)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(kinds), borderaxespad=0)
+
+
+def svg(figure: Figure, label: str) -> str:
+    """A figure drawn in this module's style as an SVG element for a page."""
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :].replace(_INK, "var(--ink)").replace(_GRID, "var(--grid)")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'font: ([\d.]+px) [^;"]+', r"font: \1 inherit", text)
+    # The element's size is the page's affair; viewBox keeps its shape.
+    return re.sub(r'<svg [^>]*?(viewBox="[^"]+")[^>]*>', _opening(label), text, count=1)
+
+
+def _opening(label: str) -> str:
+    safe = label.replace("&", "&amp;").replace('"', "&quot;").replace("\\", "")
+    return rf'<svg \1 role="img" aria-label="{safe}" xmlns:xlink="http://www.w3.org/1999/xlink">'
+
+
+def _cycle(count: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
