@@ -41,7 +41,7 @@ ALIGNFAST_PAIR PairLoss pair_loss(int code, float margin, float beta, float labe
   const float x = beta * margin;
   if (code == kHinge) {
     const float loss = 1.0f - x;
-    return {loss < 0.0f ? 0.0f : loss, loss > 0.0f ? -beta : loss * 0.0f};  // NaN stays NaN
+    return {loss < 0.0f ? 0.0f : loss, loss > 0.0f ? -beta : loss <= 0.0f ? 0.0f : loss};  // NaN stays NaN
   }
   // the label is right with weight `right`, flipped with weight `flipped`
   const float norm = code == kRobust ? 1.0f - 2.0f * label_smoothing : 1.0f;

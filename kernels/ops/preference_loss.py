@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from alignfast.kernels._backend import named, native_refusal, register, resolve, triton_refusal
+from alignfast.kernels._native import launch, native_op
 from alignfast.kernels._pairwise import LOSSES, Pairs, PreferenceOptions, preference_options, score
 
 
@@ -329,6 +330,36 @@ class _Native:
     name = "native"
     refusal = staticmethod(native_refusal)
 
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return torch.ops.alignfast.preference_loss(*inputs)
+
+
+@native_op(
+    "preference_loss(Tensor logps, Tensor offsets, Tensor ref_chosen, Tensor ref_rejected, int code, float beta, "
+    "float label_smoothing) -> (Tensor, Tensor)",
+    fake=lambda logps, offsets, ref_chosen, *_: (
+        logps.new_empty((5, ref_chosen.shape[0])),
+        torch.empty_like(logps),
+    ),
+)
+def _native_forward(
+    logps_P: Tensor,
+    offsets_M: Tensor,
+    ref_chosen_N: Tensor,
+    ref_rejected_N: Tensor,
+    code: int,
+    beta: float,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    out_5N = logps_P.new_empty((5, ref_chosen_N.shape[0]))
+    dlogps_P = torch.empty_like(logps_P)
+    launch(
+        "preference_loss", logps_P, offsets_M, ref_chosen_N, ref_rejected_N, code, beta, label_smoothing,
+        out_5N, dlogps_P,
+    )  # fmt: skip
+    return out_5N, dlogps_P
+
 
 class _Triton:
     """preference_loss_triton.py, imported on the first call: triton is optional. Its forward is `_Native`'s."""
@@ -343,4 +374,4 @@ class _Triton:
         return preference_loss_triton.forward(*inputs)
 
 
-register("preference_loss", _Torch, _Triton)
+register("preference_loss", _Torch, _Native, _Triton)
