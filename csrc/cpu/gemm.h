@@ -83,19 +83,11 @@ ALIGNFAST_INLINE int panel_vectors(int left) {
   return (left + panels - 1) / panels;
 }
 
-#if defined(__clang__)
-ALIGNFAST_INLINE F32 interleave(F32 a, F32 b, int first) {
-  F32 mixed;
-  for (int i = 0; i < kLanes; ++i) mixed[i] = i % 2 ? b[first + i / 2] : a[first + i / 2];
-  return mixed;
-}
-#else
-// a[first], b[first], a[first + 1], ...: g++ makes one instruction of the shuffle, but many of the loop above.
+// a[first], b[first], a[first + 1], b[first + 1], ...
 ALIGNFAST_INLINE F32 interleave(F32 a, F32 b, int first) {
   const I32 lanes = lane_numbers();
-  return __builtin_shuffle(a, b, first + (lanes >> 1) + (lanes & 1) * kLanes);
+  return shuffle(a, b, first + (lanes >> 1) + (lanes & 1) * kLanes);
 }
-#endif
 
 // to[j][i] = from[i][j] for kLanes x kLanes values: log2(kLanes) rounds that interleave the halves of the row list.
 static void transpose_square(const float* from, int64_t from_stride, float* to, int64_t to_stride) {

@@ -18,7 +18,8 @@ namespace {
 
 constexpr int64_t kTileQueries = 96;           // queries of a tile times G; one token's where G is more
 constexpr int64_t kPartFloats = 32 * 1024;  // rows of a part times width: 128 KB each for queries and accumulator
-constexpr double kThreadWork = 4e6;         // multiply-adds (0.1 ms) below which another thread costs more than it saves
+constexpr double kParallelWork = 1e7;       // multiply-adds below which one thread does all: a fifth of a millisecond
+constexpr double kTaskWork = 1e6;           // multiply-adds below which a thread takes all heads of a tree in one go
 constexpr int64_t kMostSlabs = 8;
 
 ALIGNFAST_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -130,8 +131,14 @@ void release(const Plan& plan) {
   free(plan.trees);
 }
 
-int64_t threads_for(const Plan& plan, const Problem& problem, int64_t threads) {
-  return clamp((int64_t)(plan.work * problem.num_key_heads / kThreadWork), 1, threads);
+// One or all: OpenMP ends and starts threads when their number changes.
+int threads_for(const Plan& plan, const Problem& problem, int64_t threads) {
+  return plan.work * problem.num_key_heads < kParallelWork ? 1 : (int)threads;
+}
+
+// Tasks that a thread takes at once. The heads of a short segment lie in one another's cache lines and pages.
+int64_t tasks_at_once(const Plan& plan, const Problem& problem, int64_t runs) {
+  return plan.work < kTaskWork * runs ? problem.num_key_heads : 1;
 }
 
 // Into how many tasks a key head of the largest tree is cut in the backward, so that each is at most half a thread's

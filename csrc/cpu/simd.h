@@ -69,20 +69,26 @@ ALIGNFAST_INLINE F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }
 
 ALIGNFAST_INLINE F32 abs(F32 x) { return float_of(bits_of(x) & 0x7fffffffu); }
 
+// Lane i of the result is lane `from[i]` of a and b taken as one row of 2 x kLanes.
+ALIGNFAST_INLINE F32 shuffle(F32 a, F32 b, I32 from) {
+#if defined(__clang__)
+  F32 mixed;
+  for (int i = 0; i < kLanes; ++i) mixed[i] = from[i] < kLanes ? a[from[i]] : b[from[i] - kLanes];
+  return mixed;
+#else
+  return __builtin_shuffle(a, b, from);  // one instruction, where g++ makes many of the loop
+#endif
+}
+
 ALIGNFAST_INLINE float sum(F32 x) {
-  float lanes[kLanes];
-  memcpy(lanes, &x, sizeof x);
-  for (int half = kLanes / 2; half; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
+  for (int half = kLanes / 2; half; half /= 2) x += shuffle(x, x, lane_numbers() ^ half);
+  return x[0];
 }
 
 // The largest lane; NaN lanes may be passed over.
 ALIGNFAST_INLINE float max_lane(F32 x) {
-  float largest = x[0];
-  for (int i = 1; i < kLanes; ++i) largest = x[i] > largest ? x[i] : largest;
-  return largest;
+  for (int half = kLanes / 2; half; half /= 2) x = max(x, shuffle(x, x, lane_numbers() ^ half));
+  return x[0];
 }
 
 // ---- memory: float32, bfloat16 and float16, computed on as float32 ----
