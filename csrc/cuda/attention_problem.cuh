@@ -128,8 +128,8 @@ inline bool on_vectors(const Tensor<3>& tensor) {
          tensor.strides[1] * size % kVectorBytes == 0 && tensor.sizes[2] * size % kVectorBytes == 0;
 }
 
-inline Problem problem_of(const Tensor<3>& query, const Tensor<3>& key, const Tensor<3>& value, const Tensor<2>& segments_S4,
-                   double scale, int64_t window, double softcap) {
+inline Problem problem_of(const Tensor<3>& query, const Tensor<3>& key, const Tensor<3>& value,
+                          const Tensor<2>& segments_S4, double scale, int64_t window, double softcap) {
   if (query.sizes[2] > 256) {
     throw std::invalid_argument("packed_attention: heads up to 256 wide, got " + std::to_string(query.sizes[2]));
   }

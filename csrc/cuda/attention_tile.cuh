@@ -89,7 +89,7 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return bits;
 }
 
-// c (16 x kColumns) += a (16 x kWidth) b^T, both in shared memory: rows of `a` from the warp's first, b of kColumns rows.
+// c (16 x kColumns) += a (16 x kWidth) b^T (b: kColumns x kWidth), both in shared memory, `a` at the warp's first row.
 template <typename T, int kWidth, int kColumns>
 __device__ __forceinline__ void multiply_transposed(Fragment<kColumns>& c, const T* a, const T* b) {
   constexpr int kStride = TileShape<T, kWidth>::kStride;

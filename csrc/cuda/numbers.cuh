@@ -87,7 +87,9 @@ void with_dtype(int64_t dtype, Visit visit) {
     case kFloat32: return visit(float{});
     case kBFloat16: return visit(__nv_bfloat16{});
     case kFloat16: return visit(__half{});
-    default: throw std::invalid_argument("dtype must be 0 (float32), 1 (bfloat16) or 2 (float16), got " + std::to_string(dtype));
+    default:
+      throw std::invalid_argument("dtype must be 0 (float32), 1 (bfloat16) or 2 (float16), got " +
+                                  std::to_string(dtype));
   }
 }
 

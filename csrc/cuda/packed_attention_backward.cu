@@ -93,7 +93,8 @@ __global__ void __launch_bounds__(TileShape<T, kWidth>::kThreads)
 __device__ __forceinline__ bool find_readers(const Problem& problem, const Tile& tile, int index, Run& run) {
   const Segment& segment = tile.segment;
   const bool windowed = problem.window != INT32_MAX;
-  const int reach = windowed ? tile.position() + tile.rows - 1 + problem.window : INT32_MAX;  // first position out of it
+  // the first position that sees none of the tile's keys
+  const int reach = windowed ? tile.position() + tile.rows - 1 + problem.window : INT32_MAX;
   if (index == 0) {
     run = {tile.token(), tile.position(), min(segment.length - tile.first, reach - tile.position())};
     return true;
