@@ -28,6 +28,10 @@ settings.load_profile("alignfast")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "isa(name): run compiled CPU code for this instruction set")
+    # Triton's interpreter computes both sides of a tl.where, also the one that overflows
+    config.addinivalue_line(
+        "filterwarnings", "ignore:.*encountered in:RuntimeWarning:triton.runtime.interpreter"
+    )
 
 
 @pytest.hookimpl(wrapper=True)

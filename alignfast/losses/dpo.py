@@ -78,6 +78,7 @@ def dpo_loss(
     offsets = (0, *accumulate(lengths))
     offsets_M, end = torch.tensor(offsets), offsets[-1]
     pair_at = {row: pair for pair, row in reversed([*enumerate(offsets[::2])])}  # empty pairs: the first wins
+    per_chosen_token = sft_weight / num_chosen_tokens if sft_weight and num_chosen_tokens else 0.0
     token_weights_P = None if ld_alpha is None else ld_weights(lengths, ld_alpha)
 
     def loss_fn(stats: Stats, rows: slice) -> tuple[Tensor, Metrics]:
@@ -94,8 +95,8 @@ def dpo_loss(
         out = packed_preference_loss(logps_P, chunk_M, *refs, backend=backend, **options)
         loss_N = out.loss_N * _wpo_weights(stats, chunk_M) if use_weighting else out.loss_N
         loss = loss_N.sum() / num_pairs
-        if sft_weight:
-            loss = loss - sft_weight * _by_completion(stats.logps, chunk_M)[:, 0].sum() / num_chosen_tokens
+        if per_chosen_token:
+            loss = loss - per_chosen_token * _by_completion(stats.logps, chunk_M)[:, 0].sum()
         return loss, _metrics(out, stats, chunk_M)
 
     return loss_fn

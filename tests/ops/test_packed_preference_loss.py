@@ -198,6 +198,13 @@ def test_compiles(backend: str, device: str) -> None:
     c.assert_compiles(run, [packed.logps_P.to(device)])
 
 
+@pytest.mark.parametrize(("backend", "device"), c.backends_for("preference_loss", only=("native",)))
+def test_native_op_is_registered_right(backend: str, device: str) -> None:
+    packed = Packed(ragged(5, 9))
+    inputs = (x.to(device) for x in (packed.logps_P, packed.offsets_M, *packed.refs))
+    torch.library.opcheck(torch.ops.alignfast.preference_loss, (*inputs, LOSSES["robust"].code, 0.3, 0.1))
+
+
 # --- properties ---
 
 

@@ -85,15 +85,16 @@ def test_definition_by_hand(name: str) -> None:
 
 
 def test_aot_by_hand() -> None:
-    """Sorted margins meet sorted margins: of the policy 1 and 4, of the reference -1 and 2."""
-    chosen_N, rejected_N = torch.tensor([-1.0, -2.0]), torch.tensor([-5.0, -3.0])
-    refs = torch.tensor([-4.0, -3.0]), torch.tensor([-3.0, -5.0])
+    """Sorted margins meet sorted margins: of the policy 4, 1, 2, of the reference 2, 3, -1."""
+    chosen_N, rejected_N = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-5.0, -3.0, -5.0])
+    refs = torch.tensor([-4.0, -3.0, -5.0]), torch.tensor([-6.0, -6.0, -4.0])
     loss_N, *_ = preference_loss(chosen_N, rejected_N, *refs, beta=1.0, loss_type="aot", backend="torch")
-    assert loss_N.tolist() == pytest.approx([-math.log(sigmoid(1 - -1)), -math.log(sigmoid(4 - 2))])
+    assert loss_N.tolist() == pytest.approx([-math.log(sigmoid(m)) for m in (1 - -1, 2 - 2, 4 - 3)])
+    # log-ratios 3, 1, 2 of the chosen, 1, 3, -1 of the rejected
     loss_N, *_ = preference_loss(
         chosen_N, rejected_N, *refs, beta=1.0, loss_type="aot_unpaired", backend="torch"
     )
-    assert loss_N.tolist() == pytest.approx([-math.log(sigmoid(1 - -2)), -math.log(sigmoid(3 - 2))])
+    assert loss_N.tolist() == pytest.approx([-math.log(sigmoid(m)) for m in (1 - -1, 2 - 1, 3 - 3)])
 
 
 def test_every_loss_is_by_hand_somewhere() -> None:

@@ -253,13 +253,14 @@ def test_any_input_interpreted(backend: str, device: str, data: st.DataObject) -
     hold_any_input(backend, device, data)
 
 
-@pytest.mark.parametrize(("backend", "device"), c.backends_for("token_logps", only=("native",)))
-def test_rows_beyond_32_bits(backend: str, device: str, tmp_path: Path) -> None:
-    """Rows 2^31 elements apart, in a sparse file: 8 GiB of addresses, a few pages of memory."""
+# The strides: the third row is past 2^31 elements though the stride is not; the stride itself is.
+@pytest.mark.parametrize("stride", [2**30 + 64, 2**31 + 64])
+@pytest.mark.parametrize(("backend", "device"), c.backends_for("token_logps", only=("native", "triton")))
+def test_rows_beyond_32_bits(backend: str, device: str, stride: int, tmp_path: Path) -> None:
+    """In a sparse file: 8 GiB of addresses, a few pages of memory."""
     if device != "cpu":
         pytest.skip("on a GPU the addresses would be memory")
     logits_TV, targets_T = inputs(3, 83, torch.bfloat16, ignored=0)
-    stride = 2**31 + 64
     file = torch.from_file(str(tmp_path / "logits"), shared=True, size=2 * stride + 83, dtype=torch.bfloat16)
     far_TV = file.as_strided((3, 83), (stride, 1))
     far_TV.copy_(logits_TV)
