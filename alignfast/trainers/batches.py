@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from alignfast.data import Batch, PrepareReport, Tree, cut, pack
+from alignfast.data import Batch, Prepared, PrepareReport, Tree, cut, pack
 from alignfast.trainers.config import TrainerConfig
 
 Counts = dict[str, int]
@@ -29,6 +29,26 @@ class Data:
     sources: list[int]
     report: PrepareReport
     first: int
+
+
+NO_DATA = Data([], [], PrepareReport(), 0)
+
+
+def join_data(known: list[Data], prepared: Prepared, vocabulary: int) -> Data:
+    """Add prepared rows to what a trainer has read.
+
+    Raises:
+        ValueError: a token is outside the model's vocabulary.
+    """
+    largest = prepared.report.largest_token_id
+    if largest >= vocabulary:
+        raise ValueError(
+            f"the tokenizer gives token id {largest} and the model knows {vocabulary} tokens: take the model's own "
+            "tokenizer, or resize the model with model.resize_token_embeddings(len(tokenizer))"
+        )
+    first = sum(len(data.trees) for data in known)
+    known.append(Data(prepared.trees, prepared.rows, prepared.report, first))
+    return known[-1]
 
 
 @dataclass(frozen=True)

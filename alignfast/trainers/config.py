@@ -265,3 +265,10 @@ def steps_of(interval: float, num_steps: int) -> int:
     (10, 250)
     """
     return max(1, round(interval * num_steps)) if interval < 1 else int(interval)
+
+
+def one_of(name: str, value: Any, other_name: str, other: Any) -> Any:
+    """The one that was given of two spellings of an argument."""
+    if value is not None and other is not None:
+        raise TypeError(f"{name} and {other_name} are the same: give one of them")
+    return other if value is None else value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignfast.data import Batch, Prepared, Rows, Tree, prepare_preference
 from alignfast.kernels._pairwise import LOSSES
@@ -14,7 +14,7 @@ from alignfast.trainers.batches import Counts, num_predictions
 from alignfast.trainers.config import TrainerConfig, config
 from alignfast.trainers.loop import Trainer
 from alignfast.trainers.metrics import Metrics, means
-from alignfast.trainers.reference import Reference, make_reference
+from alignfast.trainers.reference import FrozenModel, Reference, make_reference
 
 
 @config
@@ -112,6 +112,11 @@ class DPOTrainer(Trainer):
         """Pairs, and the tokens of each side that carry loss."""
         chosen, rejected = num_predictions(tree)
         return {"pairs": 1, "chosen": chosen, "rejected": rejected}
+
+    @property
+    def modules_in_memory(self) -> list[nn.Module]:
+        """The policy, and the reference where it is a second model."""
+        return [self.module, *([self.reference.policy] if isinstance(self.reference, FrozenModel) else [])]
 
     def before_training(self) -> None:
         """Take the reference while the model still is it."""

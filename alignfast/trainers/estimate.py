@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from alignfast.trainers.progress import duration
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
 _GEMM = 1024  # width of the matrices whose product says how fast the device is
 _SHARE_OF_GEMM = 0.5  # what training reaches of that speed, as measured on small models
+_KEPT_BY_LAYER = (
+    22  # numbers that a layer keeps for its backward pass, in widths; Llamas were seen at 20 to 25
+)
 
 
 def describe_run(trainer: Trainer) -> str:
@@ -35,27 +39,32 @@ def describe_run(trainer: Trainer) -> str:
 
 def _memory(trainer: Trainer, computed: int) -> float:
     """Bytes: weights, gradients, AdamW's moments, and the activations of one micro-batch."""
-    args, base = trainer.args, trainer.module.base
-    ranks = trainer.accelerator.num_processes if args.fsdp else 1
-    weights = sum(p.numel() * p.element_size() for p in trainer.module.parameters())
-    trained = sum(p.numel() * p.element_size() for p in trainer.module.parameters() if p.requires_grad)
-    per_row = computed / trainer.plan.num_rows
-    tokens = args.max_tokens_per_batch or per_row * args.per_device_train_batch_size
-    sizes = base.config.get_text_config()
-    width, layers = getattr(sizes, "hidden_size", 0), getattr(sizes, "num_hidden_layers", 0)
-    # Numbers a layer keeps for its backward pass, in widths of a token: its input alone with checkpointing, and one
-    # layer whole while it is computed again.
-    kept = layers + 34 if args.gradient_checkpointing else 34 * layers
-    return (weights + 3 * trained) / ranks + tokens * kept * width * 4
+    args = trainer.args
+    weights = sum(_bytes(p) for module in trainer.modules_in_memory for p in module.parameters())
+    trained = sum(_bytes(p) for p in trainer.module.parameters() if p.requires_grad)
+    tokens = args.max_tokens_per_batch or computed * args.per_device_train_batch_size / trainer.plan.num_rows
+    sizes = trainer.module.base.config.get_text_config()
+    layers = getattr(sizes, "num_hidden_layers", 0)
+    # With checkpointing a layer keeps its input alone, and one layer at a time is computed again.
+    kept = layers + _KEPT_BY_LAYER if args.gradient_checkpointing else layers * _KEPT_BY_LAYER
+    activations = tokens * kept * getattr(sizes, "hidden_size", 0) * _dtype(trainer).itemsize
+    return (weights + 3 * trained) / (trainer.accelerator.num_processes if args.fsdp else 1) + activations
+
+
+def _bytes(parameter: nn.Parameter) -> int:
+    return parameter.numel() * parameter.element_size()
+
+
+def _dtype(trainer: Trainer) -> torch.dtype:
+    """Type of the arithmetic."""
+    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision)
+    return next(trainer.module.parameters()).dtype if mixed is None else mixed
 
 
 def _time(trainer: Trainer, tokens: float) -> str:
     """Time for the steps that are left, from a matrix product's speed on this device."""
-    device, args = trainer.accelerator.device, trainer.args
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
-        trainer.accelerator.mixed_precision, torch.float32
-    )
-    x = torch.ones(_GEMM, _GEMM, device=device, dtype=dtype)
+    args = trainer.args
+    x = torch.ones(_GEMM, _GEMM, device=trainer.accelerator.device, dtype=_dtype(trainer))
     best = min(_seconds_of(x) for _ in range(3))
     parameters = sum(p.numel() for p in trainer.module.parameters())
     trained = sum(p.numel() for p in trainer.module.parameters() if p.requires_grad)

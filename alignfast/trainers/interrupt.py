@@ -6,6 +6,9 @@ import signal
 import threading
 from types import FrameType
 
+import torch
+from accelerate import Accelerator
+
 INTERRUPTED_EXIT_CODE = 75  # sysexits.h: try again later
 
 
@@ -43,6 +46,13 @@ class StopRequest:
         self.received: signal.Signals | None = None
         self._previous: dict[signal.Signals, object] = {}
 
+    def of_any_rank(self, accelerator: Accelerator) -> bool:
+        """Whether a signal came to any rank, so that all leave together; to be called on all ranks."""
+        if accelerator.num_processes == 1:
+            return self.received is not None
+        received = torch.tensor(float(self.received is not None), device=accelerator.device)
+        return bool(accelerator.reduce(received, "sum") > 0)
+
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             self._previous = {name: signal.signal(name, self._note) for name in self._signals}
@@ -51,6 +61,7 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for name, handler in self._previous.items():
             signal.signal(name, handler)  # type: ignore[arg-type]
+        self.received = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or signal.Signals(number)

@@ -12,7 +12,6 @@ Not done here: reading data, the model's forward, the maths of a loss.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
@@ -20,32 +19,28 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from transformers.trainer_utils import TrainOutput
 
-from alignfast.data import Batch, Prepared, PrepareReport, Rows, Tree, load_rows
+from alignfast.data import Batch, Prepared, Rows, Tree, load_rows
 from alignfast.kernels._targets import bad_targets_seen
 from alignfast.models.load import load_policy, load_tokenizer
 from alignfast.models.policy import Policy
-from alignfast.trainers.batches import Counts, Data, pack_rows, share_out
-from alignfast.trainers.config import TrainerConfig, resolve_config, steps_of
+from alignfast.trainers.batches import NO_DATA, Counts, Data, join_data, pack_rows, share_out
+from alignfast.trainers.config import TrainerConfig, one_of, resolve_config
 from alignfast.trainers.estimate import describe_run
-from alignfast.trainers.interrupt import (
-    EvaluationStopped,
-    NonFiniteError,
-    StopRequest,
-    TrainingInterrupted,
-)
+from alignfast.trainers.interrupt import EvaluationStopped, NonFiniteError, StopRequest, TrainingInterrupted
 from alignfast.trainers.machine import keep_cpu_memory, make_accelerator, wrap
 from alignfast.trainers.metrics import Meter, Metrics
 from alignfast.trainers.model_card import model_card, push_folder
-from alignfast.trainers.plan import make_plan
+from alignfast.trainers.plan import Plan, lay_out
+from alignfast.trainers.progress import duration
 from alignfast.trainers.runlog import RunLog
 from alignfast.trainers.saving import find_checkpoint, load_best, load_checkpoint, note_best, save_checkpoint
 from alignfast.trainers.state import save_weights
-from alignfast.trainers.update import Updater
+from alignfast.trainers.update import Update, Updater
 
 MAX_SKIPPED_IN_A_ROW = 3
 
@@ -70,6 +65,15 @@ class Trainer:
 
     config_class: ClassVar[type[TrainerConfig]]
 
+    args: Any  # a config_class
+    module: Policy  # the model with its log-probs
+    policy: Any  # the module as it is called: in DDP, FSDP2 or autocast; None before the first use
+    state: TrainerState  # transformers', as its callbacks know it; so is control
+    control: TrainerControl
+    log: RunLog
+    plan: Plan
+    updater: Updater
+
     def __init__(
         self,
         model: Any,
@@ -84,11 +88,10 @@ class Trainer:
         tokenizer: Any = None,
         **options: Any,
     ) -> None:
-        self.args: Any = resolve_config(self.config_class, args, options)
-        args = self.args
+        self.args = args = resolve_config(self.config_class, args, options)
         set_seed(args.seed)
         self.accelerator = make_accelerator(args)
-        self.module: Policy = load_policy(
+        self.module = load_policy(
             model,
             layout=args.layout,
             backend=args.backend,
@@ -100,8 +103,12 @@ class Trainer:
         )
         if args.router_aux_loss_coef is not None:
             base: Any = self.module.base
+            if not hasattr(base, "router_aux_loss_coef"):
+                raise ValueError(
+                    f"router_aux_loss_coef: {type(base).__name__} is no mixture of experts; leave it out"
+                )
             base.router_aux_loss_coef = args.router_aux_loss_coef
-        self.policy: Any = None  # the module as it is called: in DDP, FSDP2 or autocast, once `_wrap` has run
+        self.policy = None
         self.model = self.module.model
         given = one_of("processing_class", processing_class, "tokenizer", tokenizer)
         self.processing_class = load_tokenizer(given, model, trust_remote_code=args.trust_remote_code)
@@ -116,8 +123,9 @@ class Trainer:
             [DefaultFlowCallback, *(callbacks or [])], self.model, self.processing_class, None, None
         )
         self._stop = StopRequest()
+        self._last: Update  # what became of the last step
         self._reset()
-        self.control = self.handler.on_init_end(args, self.state, self.control)
+        self.control = self.handler.on_init_end(self.args, self.state, self.control)
 
     # What a trainer defines
 
@@ -159,10 +167,10 @@ class Trainer:
         if args.keep_cpu_memory and self.accelerator.device.type == "cpu":
             keep_cpu_memory()
         self._reset()
-        self._lay_out()
+        self.plan = lay_out(args, len(self.train_data.trees), self.accelerator.num_processes, self.state)
         resume = args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         folder = find_checkpoint(self, resume) if resume else None
-        self._wrap()
+        self.wrap()
         self.updater = Updater(args, self.accelerator, self.module, self.plan.num_steps)
         self.handler.optimizer, self.handler.lr_scheduler = self.updater.optimizer, self.updater.scheduler
         if folder is not None:
@@ -178,23 +186,14 @@ class Trainer:
 
     def _reset(self) -> None:
         """Forget an earlier run of this trainer; the weights stay."""
-        self.state: TrainerState = TrainerState(
+        self.state = TrainerState(
             is_local_process_zero=self.accelerator.is_local_main_process,
             is_world_process_zero=self.accelerator.is_main_process,
         )
-        self.control: TrainerControl = TrainerControl()
-        self.log: RunLog = RunLog(self.args, self.accelerator)
+        self.control = TrainerControl()
+        self.log = RunLog(self.args, self.accelerator)
 
-    def _lay_out(self) -> None:
-        args, state = self.args, self.state
-        self.plan = make_plan(args, len(self.train_data.trees), self.accelerator.num_processes)
-        num_steps = state.max_steps = self.plan.num_steps
-        state.num_train_epochs = math.ceil(self.plan.epoch(num_steps))
-        state.logging_steps = steps_of(args.logging_steps, num_steps)
-        state.eval_steps = steps_of(args.eval_steps or args.logging_steps, num_steps)
-        state.save_steps = steps_of(args.save_steps, num_steps)
-
-    def _wrap(self) -> None:
+    def wrap(self) -> None:
         """Make `policy`, which is what is called: DDP, FSDP2 or autocast around the module."""
         if self.policy is not None:
             return
@@ -223,7 +222,6 @@ class Trainer:
             self._evaluate_and_save(stop)
         if args.load_best_model_at_end:
             load_best(self)
-        self.control = self.handler.on_train_end(args, state, self.control)
         seconds, steps = time.perf_counter() - began, state.global_step - first
         figures = {
             "train_runtime": seconds,
@@ -231,7 +229,9 @@ class Trainer:
             "train_samples_per_second": steps * self.plan.rows_per_step / seconds,
             "train_loss": losses / max(1, steps),
         }
-        self.log.write(state, figures)
+        self._tell(figures)
+        self.log.say(f"{steps} steps in {duration(seconds)}")
+        self.control = self.handler.on_train_end(args, state, self.control)
         if args.push_to_hub:
             self.push_to_hub()
         return TrainOutput(state.global_step, figures["train_loss"], figures)
@@ -254,8 +254,7 @@ class Trainer:
             if weight:
                 self.log.meter.add({"loss": loss, **metrics})
                 loss_here += loss.detach()
-        asked = torch.full_like(loss_here, self._stop.received is not None)
-        loss_value, num_asked = accelerator.reduce(torch.stack((loss_here, asked)), "sum").tolist()
+        loss_value, stop = accelerator.reduce(loss_here, "sum").item(), self._stop.of_any_rank(accelerator)
         self.control = self.handler.on_pre_optimizer_step(args, self.state, self.control)
         self._last = self.updater.step(loss_value)
         self.control = self.handler.on_optimizer_step(args, self.state, self.control)
@@ -264,15 +263,13 @@ class Trainer:
         self.log.step_done(self.state.global_step, share.counts["tokens"], time.perf_counter() - began)
         if not self._last.taken:
             self._skipped(loss_value)
-        return loss_value, num_asked > 0
+        return loss_value, stop
 
     def _skipped(self, loss: float) -> None:
         times = self.updater.skipped_in_a_row
         what = f"step {self.state.global_step}: loss {loss}, gradient norm {self._last.grad_norm}"
         if self.accelerator.device.type == "cuda" and bad_targets_seen(self.accelerator.device):
-            what += (
-                "; a token id was outside the model's vocabulary, which gives NaN: check tokenizer and model"
-            )
+            what += "; a token id was outside the vocabulary, which gives NaN: is it the model's tokenizer?"
         self.log.warn(f"{what}; the step is skipped and the weights are as before ({times} in a row)")
         if times >= MAX_SKIPPED_IN_A_ROW:
             self.control.should_log = True
@@ -287,20 +284,19 @@ class Trainer:
         last_step = self.state.global_step >= self.plan.num_steps
         if self.args.logging_strategy == "no" or not (self.control.should_log or last_step):
             return
-        last = {
-            "grad_norm": self._last.grad_norm,
-            "learning_rate": self._last.learning_rate,
-            "skipped_steps": self.updater.skipped,
-        }
+        _, grad_norm, learning_rate = self._last
+        last = dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_steps=self.updater.skipped)
         row = self.log.log_steps(self.state, last)
         self.control = self.handler.on_log(self.args, self.state, self.control, row)
+
+    def _tell(self, figures: dict[str, float]) -> None:
+        self.log.write(self.state, figures)
+        self.control = self.handler.on_log(self.args, self.state, self.control, figures)
 
     def _evaluate_and_save(self, stop: bool) -> None:
         """Evaluate and save where the callbacks ask for it; where a signal does, save and leave."""
         if self.control.should_epoch_stop:
-            raise ValueError(
-                "control.should_epoch_stop is not supported: which rows come next follows from the step"
-            )
+            raise ValueError("control.should_epoch_stop is not supported: rows follow from the step alone")
         if self.control.should_evaluate and self.eval_data and not stop:
             try:
                 note_best(self, self.evaluate())
@@ -308,9 +304,7 @@ class Trainer:
                 stop = True
         if stop:
             folder = save_checkpoint(self, interrupted=True)
-            self.log.warn(
-                f"stopped by a signal after step {self.state.global_step}; its checkpoint is {folder}"
-            )
+            self.log.warn(f"stopped by a signal after step {self.state.global_step}: {folder} is written")
             raise TrainingInterrupted(str(folder))
         if self.control.should_save:
             save_checkpoint(self)
@@ -331,12 +325,12 @@ class Trainer:
         data = self.eval_data if eval_dataset is None else {"": self._read(eval_dataset)}
         if not data:
             raise ValueError("evaluate() needs an eval_dataset, here or when the trainer is made")
-        self._wrap()
+        self.wrap()
         metrics: dict[str, float] = {}
         for name, prepared in data.items():
             prefix = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"
             metrics |= {prefix + key: value for key, value in self._evaluate_on(prepared).items()}
-        self.log.write(self.state, metrics)
+        self._tell(metrics)
         self.control = self.handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -351,8 +345,7 @@ class Trainer:
                 if i < share.num_real:
                     meter.add({"loss": loss, **metrics})
                 self.control = self.handler.on_prediction_step(args, self.state, self.control)
-                asked = torch.tensor(float(self._stop.received is not None), device=self.accelerator.device)
-                if self.accelerator.reduce(asked, "sum") > 0:
+                if self._stop.of_any_rank(self.accelerator):
                     raise EvaluationStopped
         seconds = time.perf_counter() - began
         return {**meter.read(self.accelerator), "runtime": seconds, "samples_per_second": len(rows) / seconds}
@@ -387,24 +380,20 @@ class Trainer:
         self.handler.add_callback(callback)
 
     @property
+    def modules_in_memory(self) -> list[nn.Module]:
+        """The models that a step uses."""
+        return [self.module]
+
+    @property
     def pad_id(self) -> int:
         """What fills padded rows; masked, so that any id will do."""
         return self.processing_class.pad_token_id or 0
 
     def _read(self, source: Any) -> Data:
         if source is None:
-            return Data([], [], PrepareReport(), 0)
-        prepared = self.prepare(load_rows(source))
-        first = sum(len(data.trees) for data in self.all_data)
-        self.all_data.append(Data(prepared.trees, prepared.rows, prepared.report, first))
-        return self.all_data[-1]
+            return NO_DATA
+        embeddings: Any = self.module.base.get_input_embeddings()
+        return join_data(self.all_data, self.prepare(load_rows(source)), embeddings.weight.shape[0])
 
     def _pack(self, data: Data, rows: list[int]) -> Batch:
         return pack_rows(data, rows, self.args.layout, self.pad_id).to(self.accelerator.device)
-
-
-def one_of(name: str, value: Any, other_name: str, other: Any) -> Any:
-    """The one that was given of two spellings of an argument."""
-    if value is not None and other is not None:
-        raise TypeError(f"{name} and {other_name} are the same: give one of them")
-    return other if value is None else value

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from transformers import TrainerState
 
-from alignfast.trainers.config import TrainerConfig
+from alignfast.trainers.config import TrainerConfig, steps_of
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,19 @@ def steps_per_epoch(num_rows: int, rows_per_step: int, drop_last: bool) -> int:
     return steps
 
 
-def make_plan(config: TrainerConfig, num_rows: int, num_ranks: int) -> Plan:
-    """The plan that a config asks for."""
+def lay_out(config: TrainerConfig, num_rows: int, num_ranks: int, state: TrainerState) -> Plan:
+    """The plan that a config asks for; `state` is told its length and the intervals of logs and saves."""
     rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * num_ranks
     per_epoch = steps_per_epoch(num_rows, rows_per_step, config.dataloader_drop_last)
+    num_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * per_epoch)
+    state.max_steps, state.num_train_epochs = num_steps, math.ceil(num_steps / per_epoch)
+    state.logging_steps = steps_of(config.logging_steps, num_steps)
+    state.eval_steps = steps_of(config.eval_steps or config.logging_steps, num_steps)
+    state.save_steps = steps_of(config.save_steps, num_steps)
     return Plan(
         num_rows=num_rows,
         rows_per_step=rows_per_step,
-        num_steps=config.max_steps
-        if config.max_steps > 0
-        else math.ceil(config.num_train_epochs * per_epoch),
+        num_steps=num_steps,
         seed=config.seed if config.data_seed is None else config.data_seed,
         shuffled=config.train_sampling_strategy == "random",
         drop_last=config.dataloader_drop_last,

@@ -74,6 +74,8 @@ class ProgressReport:
         if self.bar is not None:
             self.bar.update(self.task, now="  ".join(words))
             return
+        if not words:
+            return
         if seconds_left is not None:
             words.append(f"{duration(seconds_left)} left")
         self.say(f"step {self.step}/{self.num_steps}  " + "  ".join(words))

@@ -46,10 +46,13 @@ def save_weights(model: Any, folder: Path, is_main: bool) -> None:
     """Write the model as `save_pretrained` does: all of it, or the adapter alone for a PEFT model."""
     state = None
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        gathered: dict[int, Tensor] = {}  # a tied weight is one tensor under two names
+        gathered: dict[int, Tensor] = {}  # by the shard's identity: a tied weight has two names
         state = {}
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            state[name] = gathered.setdefault(id(tensor), whole(tensor.detach()))
+        for name, shard in model.state_dict(keep_vars=True).items():
+            if id(shard) not in gathered:
+                full = whole(shard.detach())
+                gathered[id(shard)] = full if is_main else torch.empty(0)
+            state[name] = gathered[id(shard)]
     if is_main:
         with _no_bars():
             model.save_pretrained(folder, state_dict=state)
@@ -102,11 +105,12 @@ def save_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: P
     """Write the optimizer: its tensors as `parameter.field`, its numbers as JSON."""
     names = _names_in_order(model, optimizer)
     state = optimizer.state_dict()
-    tensors = {
-        f"{names[index]}.{field}": whole(tensor).contiguous()
-        for index, fields in state["state"].items()
-        for field, tensor in fields.items()
-    }
+    tensors = {}
+    for index, fields in state["state"].items():
+        for field, shard in fields.items():
+            full = whole(shard)
+            if is_main:
+                tensors[f"{names[index]}.{field}"] = full.contiguous()
     groups = [
         {key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]
     ]

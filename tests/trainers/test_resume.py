@@ -261,6 +261,11 @@ def test_a_signal_during_evaluation_leaves_it(tmp_path):
         trainer.train()
     assert kept(tmp_path) == [2]
     assert not any("eval_loss" in row for row in trainer.state.log_history)
+    resumed = make_trainer("sft", tmp_path, eval_dataset=make_rows(6, 9), eval_steps=2, save_strategy="no")
+    resumed.train(resume_from_checkpoint=True)  # what was due at step 2 is made up for
+    evaluated = [row["step"] for row in resumed.state.log_history if "eval_loss" in row]
+    assert evaluated == [2, 4, 6, 8]
+    assert "eval_loss" in resumed.evaluate()
 
 
 SCRIPT = """

@@ -1,0 +1,119 @@
+"""The reference: the same numbers from a copy, a given model, switched-off adapters or a table on disk."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from trainers.tiny import make_llama, make_pairs, make_tokenizer
+from transformers import TrainerCallback
+
+from alignfast import DPOTrainer
+
+RUN = dict(max_steps=3, logging_steps=1, learning_rate=1e-2, save_strategy="no", report_to="none")
+LORA = dict(r=2, lora_alpha=4, target_modules=["q_proj"])
+
+
+def trained(folder, model=None, **options):
+    trainer = DPOTrainer(
+        make_llama() if model is None else model, train_dataset=make_pairs(6), processing_class=make_tokenizer(),
+        output_dir=str(folder), **{**RUN, **options},
+    )  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+def figures(trainer):
+    skip = ("second", "runtime")
+    rows = trainer.state.log_history
+    return [{k: v for k, v in row.items() if not any(word in k for word in skip)} for row in rows]
+
+
+def test_copy_given_model_and_table_train_alike(tmp_path):
+    copy = trained(tmp_path / "copy")
+    given = trained(tmp_path / "given", ref_model=make_llama())
+    table = trained(tmp_path / "table", precompute_ref_log_probs=True)
+    assert figures(copy) == figures(given)
+    for mine, theirs in zip(figures(copy), figures(table)):
+        assert theirs == pytest.approx(mine, abs=1e-6)
+    before, after = (row["rewards/margins"] for row in copy.state.log_history[:2])
+    assert abs(before) < 1e-6 < abs(after)  # before the first update they are one model
+
+
+def test_another_reference_gives_other_numbers(tmp_path):
+    other = trained(tmp_path, ref_model=make_llama(seed=1))
+    assert abs(other.state.log_history[0]["rewards/margins"]) > 1e-3
+
+
+def test_adapters_off_equal_the_base_model(tmp_path):
+    off = trained(tmp_path / "off", peft_config=LORA)
+    given = trained(tmp_path / "given", peft_config=LORA, ref_model=make_llama())
+    table = trained(tmp_path / "table", peft_config=LORA, precompute_ref_log_probs=True)
+    assert off.modules_in_memory == [off.module]
+    for other in (given, table):
+        for mine, theirs in zip(figures(off), figures(other)):
+            assert theirs == pytest.approx(mine, abs=1e-6)
+
+
+def test_a_loss_without_a_reference_runs_no_second_model(tmp_path):
+    trainer = trained(tmp_path, loss_type="simpo")
+    assert trainer.modules_in_memory == [trainer.module]
+    with pytest.raises(ValueError, match="uses no reference"):
+        trained(tmp_path, loss_type="simpo", ref_model=make_llama())
+
+
+class CountForwards(TrainerCallback):
+    """Forwards of the model until training begins."""
+
+    def __init__(self, model):
+        self.number = 0
+        model.model.register_forward_hook(self.count)
+
+    def count(self, *_):
+        self.number += 1
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.before_training, self.number = self.number, 0
+
+
+def test_the_table_is_read_again_and_only_for_the_same_model_and_data(tmp_path):
+    def forwards(seed=0, folder="run", **options):
+        model = make_llama(seed)
+        count = CountForwards(model)
+        trained(tmp_path / folder, model, precompute_ref_log_probs=True, callbacks=[count], **options)
+        return count.before_training
+
+    probes = forwards(loss_type="simpo")  # the comparison with the model's own forward, and no table
+    first = forwards()
+    assert first > probes
+    assert forwards() == probes  # found on disk
+    assert forwards(layout="packed") == probes  # whatever the layout
+    assert forwards(seed=1) == first  # another model
+    assert forwards(max_length=5) == first  # other tokens
+    assert len(list((tmp_path / "run" / "reference").iterdir())) == 3
+
+
+def test_layouts_and_batches_give_the_same_table(tmp_path):
+    tables = []
+    for layout, rows in (("shared", 8), ("packed", 1), ("padded", 4)):
+        trainer = trained(
+            tmp_path / layout, precompute_ref_log_probs=True, layout=layout, per_device_eval_batch_size=rows,
+            eval_dataset=make_pairs(3, 9),
+        )  # fmt: skip
+        tables.append(trainer.reference.logps_2R)
+    assert tables[0].shape == (2, 9)
+    for table in tables[1:]:
+        assert torch.allclose(table, tables[0], atol=1e-6)
+
+
+def test_rows_that_the_table_does_not_know_are_refused(tmp_path):
+    trainer = trained(tmp_path, precompute_ref_log_probs=True, eval_dataset=make_pairs(3, 9))
+    assert "eval_loss" in trainer.evaluate()
+    with pytest.raises(ValueError, match="pass an eval_dataset"):
+        trainer.evaluate(make_pairs(2, 5))
+
+
+def test_the_reference_has_no_dropout_and_is_never_trained(tmp_path):
+    trainer = trained(tmp_path)
+    reference = trainer.reference.policy
+    assert not any(p.requires_grad for p in reference.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(reference.model.parameters(), make_llama().parameters()))
