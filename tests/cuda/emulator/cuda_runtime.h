@@ -1,5 +1,5 @@
 // The part of CUDA that csrc/cuda/ uses, for a plain C++ compiler: the keywords, the launch, the vector types, and
-// the mathematical functions, correctly rounded or with a GPU's errors.
+// the mathematical functions, correctly rounded or with a GPU's errors. In an include path before the toolkit's.
 #pragma once
 
 #include <cmath>
@@ -63,7 +63,8 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribut
 }
 
 template <typename... Parameters, typename... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments... arguments) {
   const dim3 grid = config->gridDim, block = config->blockDim;
   const auto raised = emulated_shared_limits.find(reinterpret_cast<const void*>(kernel));
   const size_t limit = raised == emulated_shared_limits.end() ? 48 * 1024 : raised->second;

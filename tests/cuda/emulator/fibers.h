@@ -1,7 +1,8 @@
 // Runs the blocks of a kernel one after another on the CPU, each of its threads as a fiber.
 //
-// A fiber runs until it reaches a barrier or an exchange within its warp, so threads interleave only there: what
-// one thread reads from another without a barrier between is, in ascending or in descending order, not written yet.
+// A fiber runs until it reaches a barrier or an exchange within its warp, and a warp until all its lanes are at a
+// barrier of the block: what one thread reads from another without a barrier between is, in ascending or in descending
+// order, not written yet.
 // Shared memory is filled with NaN before each block and has a canary behind the bytes that the launch asked for.
 //
 // Refused with an error, where the GPU would hang or give anything: a barrier that some threads never reach, lanes
@@ -75,6 +76,7 @@ inline Barrier block_barrier;
 inline Fiber* current = nullptr;
 inline jmp_buf scheduler;
 inline std::string failure;
+inline uint64_t steps = 0;  // fibers resumed
 inline const std::function<void()>* body = nullptr;
 
 [[noreturn]] inline void to_scheduler() { _longjmp(scheduler, 1); }
@@ -173,20 +175,31 @@ inline bool runnable(const Fiber& fiber) {
   return !fiber.finished && (!fiber.waits_for || fiber.waits_for->generation != fiber.generation);
 }
 
-inline void run_block(size_t threads, size_t shared_bytes) {
-  memset(emulated_shared, kPoison, shared_bytes + kSharedCanary);
-  prepare(threads);
-  for (size_t left = threads; left > 0 && failure.empty();) {
-    bool progress = false;
-    for (size_t i = 0; i < threads && failure.empty(); ++i) {
-      Fiber& fiber = fibers[order == Order::kAscending ? i : threads - 1 - i];
+// Runs a warp until all its lanes wait for the block or are done; returns how many are done now that were not.
+inline size_t run_warp(size_t warp_index) {
+  size_t finished = 0;
+  for (bool progress = true; progress && failure.empty();) {
+    progress = false;
+    for (int i = 0; i < kWarp && failure.empty(); ++i) {
+      Fiber& fiber = fibers[warp_index * kWarp + (order == Order::kAscending ? i : kWarp - 1 - i)];
       if (!runnable(fiber)) continue;
       fiber.waits_for = nullptr;
       resume(fiber);
       progress = true;
-      left -= fiber.finished;
+      steps += 1;
+      finished += fiber.finished;
     }
-    if (!progress) {
+  }
+  return finished;
+}
+
+inline void run_block(size_t threads, size_t shared_bytes) {
+  memset(emulated_shared, kPoison, shared_bytes + kSharedCanary);
+  prepare(threads);
+  for (size_t left = threads; left > 0 && failure.empty();) {
+    const uint64_t before = steps;
+    for (size_t i = 0; i < warps.size(); ++i) left -= run_warp(order == Order::kAscending ? i : warps.size() - 1 - i);
+    if (steps == before && failure.empty()) {
       failure = "deadlock: a barrier waits for threads that have left or wait elsewhere (block " +
                 std::to_string(blockIdx.x) + ")";
     }
