@@ -68,25 +68,27 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dquery_THE, dkey_TKE, dvalue_TKE), contiguous."""
     inputs = tuple(_unit_columns(x) for x in (dout_THE, query_THE, key_TKE, value_TKE))
-    gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[1:])
+    dquery_THE, dkey_TKE, dvalue_TKE = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[1:]
+    )
     T, device = query_THE.shape[0], query_THE.device
     if T == 0:
-        return gradients
+        return dquery_THE, dkey_TKE, dvalue_TKE
     delta_HT = torch.empty_like(lse_HT)
     strides = _strides(*inputs)
 
     sizes, tile = _sizes("dquery", query_THE, key_TKE, options)
     tiles_N5 = query_tiles(layout, sizes["G"], tile.rows, device)
     _dquery_kernel[(len(tiles_N5) * sizes["K"],)](
-        *inputs, out_THE, lse_HT, delta_HT, gradients[0], tiles_N5, *strides, T, *options, **sizes
+        *inputs, out_THE, lse_HT, delta_HT, dquery_THE, tiles_N5, *strides, T, *options, **sizes
     )
     sizes, tile = _sizes("dkey", query_THE, key_TKE, options)
     tiles_N3 = key_tiles(layout, tile.keys, options.window, device)
     positions_T = positions(layout, device) if options.window else tiles_N3  # not read without a window
     _dkey_kernel[(len(tiles_N3) * sizes["K"],)](
-        *inputs, lse_HT, delta_HT, positions_T, *gradients[1:], tiles_N3, *strides, T, *options, **sizes
+        *inputs, lse_HT, delta_HT, positions_T, dkey_TKE, dvalue_TKE, tiles_N3, *strides, T, *options, **sizes
     )
-    return gradients
+    return dquery_THE, dkey_TKE, dvalue_TKE
 
 
 def _unit_columns(x: Tensor) -> Tensor:
