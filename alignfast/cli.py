@@ -44,8 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"alignfast: error: {_unknown(words[0])}", file=sys.stderr)
         return USAGE
     module = import_module(f"alignfast.commands.{COMMANDS[words[0]][0]}")
+    from alignfast.commands.parser import UsageError
+
     try:
         module.run(words[0], words[1:])
+    except UsageError as error:
+        print(
+            f"alignfast {words[0]}: error: {error}\n`alignfast {words[0]} --help` lists the options",
+            file=sys.stderr,
+        )
+        return USAGE
     except (ValueError, RuntimeError, OSError) as error:
         if debug:
             traceback.print_exc()

@@ -32,7 +32,7 @@ def environment() -> dict[str, Any]:
         "alignfast": alignfast.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "cpu": f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()}, {torch.backends.cpu.get_cpu_capability()}",
         "gpus": [
             f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}" for gpu in gpus
         ],

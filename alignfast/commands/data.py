@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from alignfast.commands.parser import parse_options
+from alignfast.commands.parser import UsageError, parse_options
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ def run(command: str, argv: Sequence[str]) -> None:
         description="Check a file of data: `check FILE`.",
     )
     if options.action != "check":
-        raise ValueError(f"there is `alignfast data check FILE`, got {options.action!r}")
+        raise UsageError(f"there is `alignfast data check FILE`, got {options.action!r}")
     from alignfast.data import check_file
 
     report = check_file(options.file)
     print(report.render())
     if report.bad_rows:
-        raise ValueError(f"{len(report.bad_rows)} rows of {report.name} can't be used")
+        raise ValueError(f"{report.name} has rows that can't be used: {len(report.bad_rows)}")

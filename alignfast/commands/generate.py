@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignfast.commands.parser import parse_options
+from alignfast.commands.parser import UsageError, parse_options
 
 if TYPE_CHECKING:
     from alignfast.rollout import Prompt
@@ -55,7 +55,7 @@ def run(command: str, argv: Sequence[str]) -> None:
     """Write a row of prompt and completion for each sample."""
     (options,) = parse_options(command, argv, GenerateOptions)
     if (options.prompt is None) == (options.prompts is None):
-        raise ValueError("give --prompt TEXT or --prompts FILE")
+        raise UsageError("give --prompt TEXT or --prompts FILE")
     prompts: list[Prompt] = (
         [options.prompt] if options.prompts is None else read_prompts(Path(options.prompts))
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignfast.commands.parser import parse_options
+from alignfast.commands.parser import UsageError, parse_options
 from alignfast.commands.recipes import RECIPES
 
 
@@ -28,7 +28,7 @@ def run(command: str, argv: Sequence[str]) -> None:
         command, argv, InitOptions, positional=("recipe",), description=f"Recipes: {', '.join(RECIPES)}."
     )
     if options.recipe not in RECIPES:
-        raise ValueError(f"there is no recipe {options.recipe!r}; there are {', '.join(RECIPES)}")
+        raise UsageError(f"there is no recipe {options.recipe!r}; there are {', '.join(RECIPES)}")
     file = Path(options.output or f"{options.recipe}.yaml")
     if file.exists() and not options.force:
         raise ValueError(f"{file} is there already: give another --output, or --force to write over it")

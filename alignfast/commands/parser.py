@@ -15,6 +15,10 @@ from alignfast.trainers.refused import option_names, refuse_unknown
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
+class UsageError(Exception):
+    """The command line asks for something that can't be meant; the message says what would do."""
+
+
 class _Parser(ArgumentParser):
     """One line for an error, where jsonargparse prints all options first."""
 
@@ -46,7 +50,9 @@ def parse_options(
     parser = _Parser(
         prog=f"alignfast {command}",
         description=description,
-        usage=f"alignfast {command} {' '.join(map(str.upper, positional))} [--config FILE] [--option value ...]",
+        usage=" ".join(
+            ["alignfast", command, *map(str.upper, positional), "[--config FILE] [--option value ...]"]
+        ),
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file of options; flags after it win.")
@@ -57,7 +63,7 @@ def parse_options(
     known = [name for cls in classes for name in option_names(cls)]
     words = _with_true(argv, classes)
     try:
-        refuse_unknown(parser.prog, [*known, "config", "print_config", "help"], _given(words))
+        refuse_unknown(command, [*known, "config", "print_config", "help"], _given(words))
     except TypeError as error:
         parser.error(str(error))
     parsed = parser.parse_args(words).as_dict()

@@ -24,23 +24,22 @@ def run(command: str, argv: Sequence[str]) -> None:
     """Train, measure, show, and say what comes next."""
     from rich.console import Console
 
-    from alignfast.quickstart.run import Sizes, run_seed
+    from alignfast.quickstart.run import Sizes
+    from alignfast.quickstart.seeds import run_seeds
     from alignfast.quickstart.summary import show
 
     options, sizes = parse_options(command, argv, QuickstartOptions, Sizes)
     if options.seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {options.seeds}")
-    folder, console, began = Path(options.output), Console(highlight=False), time.perf_counter()
-
-    def say(text: str) -> None:
-        console.print(f"[bold]{time.perf_counter() - began:4.0f} s[/bold]  {text}", soft_wrap=True)
-
-    say(
+    folder, console, began = Path(options.output), Console(highlight=False), time.time()
+    console.print(
         "A small Llama and its tokenizer are made from text that a grammar writes, fine-tuned on it, then aligned with the "
-        "votes of a simulated user."
+        f"votes of a simulated user: {options.seeds} times from scratch. Details go to {folder}/seed-*/log.txt.\n",
+        soft_wrap=True,
     )
-    seeds = [run_seed(seed, folder / f"seed-{seed}", sizes, say) for seed in range(options.seeds)]
-    show(seeds, folder, sizes, time.perf_counter() - began, console)
+    seeds = run_seeds(options.seeds, folder, sizes, began)
+    console.print()
+    show(seeds, folder, sizes, time.time() - began, console)
     console.print(
         f"\nreport: {folder}/report.html, figures: {folder}/quickstart.json, plot: {folder}/quickstart.png"
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignfast.commands.parser import parse_options
+from alignfast.commands.parser import UsageError, parse_options
 
 if TYPE_CHECKING:
     from alignfast.trainers.loop import Trainer
@@ -84,8 +85,7 @@ def run(command: str, argv: Sequence[str]) -> None:
         run_options, config = parse_options(command, argv, RunOptions, SFTConfig)
         trainer = SFTTrainer(args=config, **_parts(run_options))
     trainer.train(resume_from_checkpoint=True if run_options.resume else None)
-    if trainer.eval_data:
-        trainer.evaluate()
+    _evaluate_at_the_end(trainer)
     trainer.save_model()
     if trainer.accelerator.is_main_process:
         from alignfast.report import write_report
@@ -94,11 +94,31 @@ def run(command: str, argv: Sequence[str]) -> None:
         print(f"model: {config.folder}\nreport: {page}")
 
 
+def _evaluate_at_the_end(trainer: Trainer) -> None:
+    """Held-out figures of the final model, in metrics.jsonl too, unless the last step brought them."""
+    step = trainer.state.global_step
+    known = any(
+        row["step"] == step and any(name.startswith("eval_") for name in row)
+        for row in trainer.state.log_history
+    )
+    if known or not trainer.eval_data:
+        return
+    metrics = trainer.evaluate()
+    if trainer.accelerator.is_main_process:
+        from alignfast.trainers.metrics import MetricsFile
+
+        MetricsFile(trainer.args.folder, step).write({"step": step, **metrics})
+
+
 def _parts(options: RunOptions) -> dict[str, Any]:
     model = _required(options, "model", "model_name_or_path")
+    train_dataset = _required(options, "train_dataset", "dataset_name")
+    for file in (train_dataset, options.eval_dataset):
+        if file is not None and file.endswith((".jsonl", ".json", ".parquet")) and not Path(file).is_file():
+            raise ValueError(f"{file}: there is no such file")  # said before the model is loaded
     return {
         "model": model,
-        "train_dataset": _required(options, "train_dataset", "dataset_name"),
+        "train_dataset": train_dataset,
         "eval_dataset": options.eval_dataset,
         "processing_class": options.tokenizer,
         "peft_config": options.peft_config,
@@ -109,11 +129,11 @@ def _required(options: RunOptions, name: str, other: str) -> str:
     """The value of an option that goes by two names.
 
     Raises:
-        ValueError: it is given by none or both of them.
+        UsageError: it is given by none or both of them.
     """
     given = [value for value in (getattr(options, name), getattr(options, other)) if value is not None]
     if len(given) != 1:
-        raise ValueError(
+        raise UsageError(
             f"give --{name}" if not given else f"{name} and {other} are the same option: give one of them"
         )
     return given[0]

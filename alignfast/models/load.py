@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
 
 from alignfast.models.attention import ModelRefused
 from alignfast.models.policy import Policy
@@ -27,8 +28,8 @@ def load_policy(
     """A policy ready to train.
 
     Args:
-        model: folder, hub name, transformers causal language model or PEFT model. A folder that holds an adapter
-            loads its base model with it.
+        model: folder, hub name, transformers causal language model or PEFT model. A name of adapters gives a PEFT
+            model around their base, the adapters trainable.
         layout: `shared`, `packed` or `padded`.
         backend: backend of the kernels.
         dtype: of the parameters, for a model loaded here: a torch dtype, its name, or `auto` for the file's own. None is
@@ -45,9 +46,7 @@ def load_policy(
     if layout not in ("shared", "packed", "padded"):
         raise ValueError(f"layout must be shared, packed or padded, got {layout!r}")
     if isinstance(model, str):
-        model = AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype or torch.float32, trust_remote_code=trust_remote_code
-        )
+        model = _load(model, dtype or torch.float32, trust_remote_code)
     elif dtype is not None:
         raise ValueError(
             "dtype is for models loaded by name; cast the model object yourself with model.to(dtype)"
@@ -70,6 +69,18 @@ def load_policy(
         if hasattr(model, "enable_input_require_grads") and hasattr(model, "peft_config"):
             model.enable_input_require_grads()
     return Policy(model, layout=layout, backend=backend)
+
+
+def _load(name: str, dtype: str | torch.dtype, trust_remote_code: bool) -> nn.Module:
+    adapter_config = find_adapter_config_file(name)
+    if adapter_config is None:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    from peft import PeftConfig, PeftModel
+
+    # transformers would put the adapters into the base model, frozen and without a switch to turn them off.
+    base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=trust_remote_code)
+    return PeftModel.from_pretrained(model, name, is_trainable=True)
 
 
 def _add_adapters(model: nn.Module, peft_config: Any) -> nn.Module:

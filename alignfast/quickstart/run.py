@@ -93,15 +93,17 @@ def run_seed(seed: int, folder: Path, sizes: Sizes, say: Say) -> Measured:
     rng.shuffle(held_out)
     asked = held_out[: sizes.held_out]
     model, tokenizer = _fine_tune(seed, folder, train, rng, sizes)
-    say(f"seed {seed}: {sum(p.numel() for p in model.parameters()):,} parameters fine-tuned")
+    parameters = sum(p.numel() for p in model.parameters())
+    say(f"{parameters:,} parameters fine-tuned on {sizes.sft_rows:,} answers")
     before, again = (_answers(model, tokenizer, asked, sizes.samples, 10 * seed + i) for i in range(2))
     questions = [train[i % len(train)] for i in range(sizes.pairs)]
     drawn = _answers(model, tokenizer, questions, 2, 10 * seed + 2)
     rows = vote([q.text for q in questions], drawn, simulated_user(), rng)
-    say(f"seed {seed}: {len(rows)} votes of the simulated user on {2 * len(questions)} answers")
+    say(f"{len(rows):,} votes of the simulated user on {len(questions):,} pairs of answers")
     if not rows:
         raise ValueError(f"the simulated user was indifferent to all {sizes.pairs} pairs; raise pairs")
     _align(seed, folder, model, tokenizer, rows)
+    say("aligned with the votes by DPO")
     after = _answers(model, tokenizer, asked, sizes.samples, 10 * seed + 3)
     measured = _measure(seed, asked, before, again, after, len(rows))
     steps = -(-len(rows) // _DPO_BATCH)
