@@ -24,11 +24,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from alignfast.kernels._autograd import only_once
 from alignfast.kernels._backend import resolve
 from alignfast.kernels._head import Head, autocast_head, check_head, chunk_rows_for
 from alignfast.kernels._targets import check_targets
 from alignfast.kernels._workspace import workspace
-from alignfast.kernels.token_logps import IS_TOP1, STATS, RowOptions, refuse_double_backward, row_options
+from alignfast.kernels.token_logps import IS_TOP1, STATS, RowOptions, row_options
 
 Metrics = dict[str, Tensor]
 
@@ -358,12 +359,18 @@ class _WithGradients(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.dtype = inputs[1].dtype
-        ctx.save_for_backward(*inputs[4:])
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("linear_loss")
-        # Out of place: the saved gradients must survive a second backward through a retained graph
-        gradients = (None if saved is None else (saved * dloss).to(ctx.dtype) for saved in ctx.saved_tensors)
-        return (None, *gradients, None, None, None)
+        *leaves, dhidden_TD, dweight_VD, dbias_V = ctx.saved_tensors
+        dtype = leaves[0].dtype
+
+        def gradients(dloss: Tensor, *known_and_leaves: Tensor | None) -> tuple[Tensor | None, ...]:
+            # Out of place: the saved gradients must survive a second backward through a retained graph
+            return tuple(
+                None if known is None else (known * dloss).to(dtype) for known in known_and_leaves[:3]
+            )
+
+        known = (dhidden_TD, dweight_VD, dbias_V)
+        return (None, *only_once("linear_loss", gradients, dloss, *known, *leaves), None, None, None)

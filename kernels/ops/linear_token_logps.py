@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignfast.kernels._autograd import only_once
 from alignfast.kernels._backend import resolve
 from alignfast.kernels._head import Head, autocast_head, check_head, chunk_rows_for, tile_dtype
 from alignfast.kernels._targets import check_targets
 from alignfast.kernels._workspace import workspace
-from alignfast.kernels.token_logps import ENTROPY, LOGPS, RowOptions, refuse_double_backward, row_options
+from alignfast.kernels.token_logps import ENTROPY, LOGPS, RowOptions, row_options
 
 
 def linear_token_logps(
@@ -108,19 +109,36 @@ class _LinearRowStats(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dstats_KT: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("linear_token_logps")
-        hidden_TD, weight_VD, bias_V, targets_T, stats_KT = ctx.saved_tensors
-        head = Head(hidden_TD, weight_VD, bias_V, ctx.needs_input_grad[:3])
-        chunks = _chunks(hidden_TD, weight_VD)
-        shape = (chunks[0].stop, len(weight_VD))
-        with _exact_types(hidden_TD), workspace(shape, tile_dtype(hidden_TD), hidden_TD.device) as tile_NV:
-            for rows in chunks:
-                piece_NV = tile_NV[: rows.stop - rows.start]
-                head.project(rows, piece_NV)
-                dstats_KN = dstats_KT[:, rows] * head.loss_scale
-                ctx.implementation.backward(
-                    piece_NV, targets_T[rows], stats_KT[:, rows], dstats_KN, ctx.options, piece_NV
-                )
-                head.multiply_back(piece_NV, rows)
-        gradients = (None if x is None else x.to(hidden_TD.dtype) for x in head.gradients())
-        return (*gradients, None, None, None)
+        options, implementation, needs = ctx.options, ctx.implementation, ctx.needs_input_grad[:3]
+
+        def gradients(*inputs: Tensor) -> tuple[Tensor | None, ...]:
+            return _gradients(*inputs, options, implementation, needs)
+
+        return (*only_once("linear_token_logps", gradients, dstats_KT, *ctx.saved_tensors), None, None, None)
+
+
+def _gradients(
+    dstats_KT: Tensor,
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_T: Tensor,
+    stats_KT: Tensor,
+    options: RowOptions,
+    implementation: Any,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """Form each tile again, overwrite it with its gradient and multiply it back."""
+    head = Head(hidden_TD, weight_VD, bias_V, needs)
+    chunks = _chunks(hidden_TD, weight_VD)
+    shape = (chunks[0].stop, len(weight_VD))
+    with _exact_types(hidden_TD), workspace(shape, tile_dtype(hidden_TD), hidden_TD.device) as tile_NV:
+        for rows in chunks:
+            piece_NV = tile_NV[: rows.stop - rows.start]
+            head.project(rows, piece_NV)
+            dstats_KN = dstats_KT[:, rows] * head.loss_scale
+            implementation.backward(
+                piece_NV, targets_T[rows], stats_KT[:, rows], dstats_KN, options, piece_NV
+            )
+            head.multiply_back(piece_NV, rows)
+    return tuple(None if x is None else x.to(hidden_TD.dtype) for x in head.gradients())

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from alignfast.kernels import packed_attention_flash as flash
+from alignfast.kernels._autograd import only_once
 from alignfast.kernels._backend import native_refusal, register, resolve, triton_refusal
 from alignfast.kernels._layout import PackedLayout, Segment
 from alignfast.kernels._native import launch, native_op, unit_columns
 from alignfast.kernels._workspace import workspace
-from alignfast.kernels.token_logps import refuse_double_backward
 
 
 class AttentionOptions(NamedTuple):
@@ -117,12 +117,12 @@ class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout_THE: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("packed_attention")
-        query_THE, key_TKE, value_TKE, out_THE, lse_HT = ctx.saved_tensors
-        gradients = ctx.implementation.backward(
-            dout_THE, query_THE, key_TKE, value_TKE, out_THE, lse_HT, ctx.layout, ctx.options
-        )
-        return (*gradients, None, None, None)
+        layout, options, implementation = ctx.layout, ctx.options, ctx.implementation
+
+        def gradients(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return implementation.backward(*inputs, layout, options)
+
+        return (*only_once("packed_attention", gradients, dout_THE, *ctx.saved_tensors), None, None, None)
 
 
 class _Torch:
@@ -151,7 +151,7 @@ class _Torch:
             scores_HQN, _ = _scores(query_HTE[:, own], _seen(key_HTE, segment), segment, options)
             lse_HT[:, own] = lse_HQ = scores_HQN.logsumexp(-1)
             out_HTE[:, own] = (scores_HQN - lse_HQ[:, :, None]).exp() @ _seen(value_HTE, segment)
-        return out_HTE.transpose(0, 1).to(query_THE.dtype, memory_format=torch.contiguous_format), lse_HT
+        return _tokens_first(out_HTE, query_THE.dtype), lse_HT
 
     @staticmethod
     def backward(
@@ -167,10 +167,9 @@ class _Torch:
         if flash.takes(query_THE, options):
             return flash.backward(dout_THE, query_THE, key_TKE, value_TKE, out_THE, lse_HT, layout, options)
         H, K = query_THE.shape[1], key_TKE.shape[1]
-        dout_HTE, query_HTE, key_HTE, value_HTE, out_HTE = (
-            _heads_first(x, H) for x in (dout_THE, query_THE, key_TKE, value_TKE, out_THE)
+        dout_HTE, query_HTE, key_HTE, value_HTE = (
+            _heads_first(x, H) for x in (dout_THE, query_THE, key_TKE, value_TKE)
         )
-        delta_HT = (dout_HTE * out_HTE).sum(-1)
         dquery_HTE, dkey_HTE, dvalue_HTE = (torch.zeros_like(x) for x in (query_HTE, key_HTE, value_HTE))
         for segment in layout.segments:
             own, prompt, prompt_length = segment.own, segment.prompt, segment.prompt_length
@@ -178,7 +177,7 @@ class _Torch:
             scores_HQN, slope = _scores(query_HTE[:, own], key_HNE, segment, options)
             p_HQN = (scores_HQN - lse_HT[:, own, None]).exp()
             dp_HQN = dout_HTE[:, own] @ _seen(value_HTE, segment).mT
-            ds_HQN = p_HQN * (dp_HQN - delta_HT[:, own, None]) * slope
+            ds_HQN = p_HQN * (dp_HQN - (p_HQN * dp_HQN).sum(-1, keepdim=True)) * slope
             dquery_HTE[:, own] = ds_HQN @ key_HNE
             for total_HTE, gradient_HNE in (
                 (dkey_HTE, ds_HQN.mT @ query_HTE[:, own]),
@@ -187,16 +186,22 @@ class _Torch:
                 total_HTE[:, prompt] += gradient_HNE[:, :prompt_length]
                 total_HTE[:, own] += gradient_HNE[:, prompt_length:]
         dkey_KTE, dvalue_KTE = (x.unflatten(0, (K, H // K)).sum(1) for x in (dkey_HTE, dvalue_HTE))
-        return tuple(
-            x.transpose(0, 1).to(query_THE.dtype, memory_format=torch.contiguous_format)
-            for x in (dquery_HTE, dkey_KTE, dvalue_KTE)
+        dtype = query_THE.dtype
+        return (
+            _tokens_first(dquery_HTE, dtype),
+            _tokens_first(dkey_KTE, dtype),
+            _tokens_first(dvalue_KTE, dtype),
         )
 
 
 def _heads_first(x_NKE: Tensor, heads: int) -> Tensor:
     """(N, K, E) -> (H, N, E) in the compute type, key heads repeated for the queries that share them."""
-    compute = torch.float64 if x_NKE.dtype == torch.float64 else torch.float32
+    compute = torch.promote_types(x_NKE.dtype, torch.float32)
     return x_NKE.transpose(0, 1).to(compute).repeat_interleave(heads // x_NKE.shape[1], 0)
+
+
+def _tokens_first(x_HNE: Tensor, dtype: torch.dtype) -> Tensor:
+    return x_HNE.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format)
 
 
 def _seen(x_HTE: Tensor, segment: Segment) -> Tensor:
@@ -282,30 +287,18 @@ def _native_forward(
 )
 def _native_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, segments_S4, scale, window, softcap = inputs
-    dout_THE, query_THE, key_TKE, value_TKE, out_THE, lse_HT = (unit_columns(x) for x in tensors)
-    gradients = _empty_gradients(dout_THE, query_THE, key_TKE, value_TKE)
-    segments_S4 = segments_S4.to(query_THE.device)
-    arguments = (
-        dout_THE,
-        query_THE,
-        key_TKE,
-        value_TKE,
-        out_THE,
-        lse_HT,
-        segments_S4,
-        scale,
-        window,
-        softcap,
-    )
+    tensors = [unit_columns(x) for x in tensors]
+    _, query_THE, key_TKE, _, _, lse_HT = tensors
+    gradients = _empty_gradients(*tensors)
+    arguments = (*tensors, segments_S4.to(query_THE.device), scale, window, softcap)
     if query_THE.device.type == "cuda":
         launch("packed_attention_backward", *arguments, torch.empty_like(lse_HT), *gradients)
         return gradients
-    count = torch.empty(1, dtype=torch.int64)
-    launch("packed_attention_slabs", query_THE, key_TKE, segments_S4, window, count)
-    num_slabs = int(count)
-    if num_slabs == 1 and key_TKE.dtype == torch.float32:
-        num_slabs = 0  # dkey and dvalue themselves are added to
-    with workspace((num_slabs, 2, *key_TKE.shape), torch.float32, key_TKE.device) as slabs:
+    num_slabs = torch.empty(1, dtype=torch.int64)
+    launch("packed_attention_slabs", query_THE, key_TKE, segments_S4, window, num_slabs)
+    # Where one slab is enough, dkey and dvalue are it, if they are float32.
+    count = 0 if num_slabs == 1 and key_TKE.dtype == torch.float32 else int(num_slabs)
+    with workspace((count, 2, *key_TKE.shape), torch.float32, key_TKE.device) as slabs:
         launch("packed_attention_backward", *arguments, slabs, *gradients)
     return gradients
 

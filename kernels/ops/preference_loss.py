@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from alignfast.kernels._autograd import only_once
 from alignfast.kernels._backend import named, native_refusal, register, resolve, triton_refusal
 from alignfast.kernels._native import launch, native_op
 from alignfast.kernels._pairwise import LOSSES, Pairs, PreferenceOptions, preference_options, score
@@ -259,27 +260,13 @@ class _Packed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout_5N: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        return _Scaled.apply(dout_5N[0], *ctx.saved_tensors), None, None, None, None, None
 
+        def gradients(dloss_N: Tensor, logps_P: Tensor, offsets_M: Tensor, dlogps_P: Tensor) -> tuple[Tensor]:
+            tokens_N = offsets_M[2::2] - offsets_M[:-1:2]
+            return (dlogps_P * dloss_N.repeat_interleave(tokens_N, output_size=dlogps_P.shape[0]),)
 
-class _Scaled(torch.autograd.Function):
-    """dlogps_P times each pair's upstream gradient; its own gradient is refused.
-
-    It refuses where it is differentiated, not where it is recorded: torch.func.grad records every backward.
-    """
-
-    @staticmethod
-    def forward(dloss_N: Tensor, logps_P: Tensor, offsets_M: Tensor, dlogps_P: Tensor) -> Tensor:
-        tokens_N = offsets_M[2::2] - offsets_M[:-1:2]
-        return dlogps_P * dloss_N.repeat_interleave(tokens_N, output_size=dlogps_P.shape[0])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        """Nothing is kept: there is no second backward pass."""
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> None:
-        raise RuntimeError("compiled preference_loss has no second derivative; preference_loss's torch has")
+        gradient = only_once("compiled preference_loss", gradients, dout_5N[0], *ctx.saved_tensors)
+        return *gradient, None, None, None, None, None
 
 
 class _Torch:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from alignfast.kernels._autograd import only_once
 from alignfast.kernels._backend import native_refusal, register, resolve, triton_refusal
 from alignfast.kernels._native import launch, native_op, unit_columns
 from alignfast.kernels._targets import check_targets, outside
@@ -132,17 +133,16 @@ class _RowStats(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dstats_KT: Tensor) -> tuple[Tensor, None, None, None]:
-        refuse_double_backward("token_logps")
-        logits_TV, targets_T, stats_KT = ctx.saved_tensors
-        dlogits_TV = torch.empty_like(logits_TV, memory_format=torch.contiguous_format)
-        ctx.implementation.backward(logits_TV, targets_T, stats_KT, dstats_KT, ctx.options, dlogits_TV)
-        return dlogits_TV, None, None, None
+        options, implementation = ctx.options, ctx.implementation
 
+        def gradients(
+            dstats_KT: Tensor, logits_TV: Tensor, targets_T: Tensor, stats_KT: Tensor
+        ) -> tuple[Tensor]:
+            dlogits_TV = torch.empty_like(logits_TV, memory_format=torch.contiguous_format)
+            implementation.backward(logits_TV, targets_T, stats_KT, dstats_KT, options, dlogits_TV)
+            return (dlogits_TV,)
 
-def refuse_double_backward(op: str) -> None:
-    """Raise where a backward pass is itself being differentiated (`create_graph=True`)."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(f"{op} has no second derivative: its backward ran with create_graph=True")
+        return *only_once("token_logps", gradients, dstats_KT, *ctx.saved_tensors), None, None, None
 
 
 class _Torch:

@@ -325,12 +325,24 @@ def test_captured_gradients_are_refused() -> None:
 
 def test_second_derivative_is_refused() -> None:
     inputs = Inputs()
-    loss, _ = linear_loss(inputs.hidden_TD, inputs.weight_VD, inputs.targets_T, inputs.loss_fn)
-    with pytest.raises(RuntimeError, match="linear_loss has no second derivative"):
-        torch.autograd.grad(loss, inputs.hidden_TD, create_graph=True)
-    logps_T = linear_token_logps(inputs.hidden_TD, inputs.weight_VD, inputs.targets_T)
-    with pytest.raises(RuntimeError, match="linear_token_logps has no second derivative"):
-        torch.autograd.grad(logps_T.sum(), inputs.hidden_TD, create_graph=True)
+    arguments = (inputs.hidden_TD, inputs.weight_VD, inputs.targets_T)
+    for op, value in (
+        ("linear_loss", linear_loss(*arguments, inputs.loss_fn)[0]),
+        ("linear_token_logps", linear_token_logps(*arguments).sum()),
+    ):
+        first = torch.autograd.grad(value, inputs.hidden_TD, create_graph=True)[
+            0
+        ]  # recorded, which is no crime
+        with pytest.raises(RuntimeError, match=f"{op} has no second derivative"):
+            torch.autograd.grad(first.sum(), inputs.weight_VD)
+
+
+def test_first_derivatives_work_under_torch_func() -> None:
+    inputs = Inputs()
+    hidden_TD, weight_VD = (x.detach() for x in inputs.leaves[:2])
+    got = torch.func.grad(lambda h: linear_token_logps(h, weight_VD, inputs.targets_T).sum())(hidden_TD)
+    logps_T = linear_token_logps(inputs.hidden_TD, weight_VD, inputs.targets_T)
+    assert_close((got,), torch.autograd.grad(logps_T.sum(), inputs.hidden_TD))
 
 
 def test_backward_twice_gives_the_same() -> None:

@@ -1,0 +1,46 @@
+"""First derivatives that say so: differentiating them again is an error, recording them is not.
+
+`torch.func.grad` and `create_graph=True` record every backward pass; only a second derivative must be refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def only_once(
+    op: str, gradients: Callable[..., tuple[Tensor | None, ...]], *inputs: Tensor | None
+) -> tuple[Any, ...]:
+    """The gradients of an op whose backward has no derivative of its own.
+
+    Args:
+        op: its name, for the error.
+        gradients: computes them from the inputs; None where one is not needed.
+        inputs: all that they depend on: the upstream gradient and the saved tensors.
+    """
+    if torch.compiler.is_compiling():  # a compiled graph refuses second derivatives by itself
+        return gradients(*inputs)
+    return _Once.apply(op, gradients, *inputs)
+
+
+class _Once(torch.autograd.Function):
+    """A function of its inputs that can't be differentiated. Inside `forward` they are plain tensors, which may be
+    mixed with workspaces; in a backward pass under torch.func they are not."""
+
+    @staticmethod
+    def forward(
+        op: str, gradients: Callable[..., tuple[Tensor | None, ...]], *inputs: Tensor
+    ) -> tuple[Any, ...]:
+        return gradients(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Any, ...]) -> None:
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(f"{ctx.op} has no second derivative")
