@@ -62,9 +62,12 @@ def attention_forward(
             dropout=dropout, scaling=scaling, sliding_window=sliding_window, softcap=softcap, **kwargs,
         )  # fmt: skip
     _check_layer(module, query_BHTE, key_BKTE, value_BKTE, dropout, sliding_window, kwargs)
+    states = [x_BHTE[0].transpose(0, 1) for x_BHTE in (query_BHTE, key_BKTE, value_BKTE)]
+    device = query_BHTE.device.type
+    if torch.is_autocast_enabled(device):  # rotary embeddings hand on float32 queries and keys
+        states = [x_THE.to(torch.get_autocast_dtype(device)) for x_THE in states]
     out_THE = packed_attention(
-        *(x_BHTE[0].transpose(0, 1) for x_BHTE in (query_BHTE, key_BKTE, value_BKTE)),
-        packed_layout, scale=scaling, window=sliding_window, softcap=softcap, backend=packed_backend,
+        *states, packed_layout, scale=scaling, window=sliding_window, softcap=softcap, backend=packed_backend,
     )  # fmt: skip
     return out_THE[None], None
 

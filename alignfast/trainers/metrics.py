@@ -180,7 +180,7 @@ def tracker_names(report_to: str | Sequence[str]) -> list[str]:
 
     >>> tracker_names("none"), tracker_names(["tensorboard"])
     ([], ['tensorboard'])
-    >>> tracker_names("tensorbord")
+    >>> tracker_names("tensorbord")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ValueError: report_to='tensorbord' is not one of aim, clearml, comet_ml, dvclive, ..., none
     """

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from trainers.tiny import make_gpt2_with_dropout, make_llama, make_pairs, make_rows, make_tokenizer
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
 
@@ -163,6 +164,39 @@ def test_a_checkpoint_loads_in_transformers(tmp_path):
     trainer.train()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoints" / "step-1")
     assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), again.parameters()))
+
+
+def test_a_lora_checkpoint_is_an_adapter_that_loads(tmp_path):
+    trainer = make_trainer("sft-lora", tmp_path, max_steps=1)
+    trainer.train()
+    folder = tmp_path / "checkpoints" / "step-1"
+    assert not (folder / "model.safetensors").exists()
+    ids, mine = torch.tensor([[3, 4, 5]]), trainer.model.eval()
+    again = PeftModel.from_pretrained(make_gpt2_with_dropout(), folder).eval()
+    assert torch.equal(mine(ids).logits, again(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(dtype="bfloat16"), dict(bf16=True), dict(dtype="float32", layout="padded")]
+)
+def test_other_precisions_resume_bit_for_bit(tmp_path, options):
+    make_llama().save_pretrained(tmp_path / "model")
+
+    def make(folder):
+        return SFTTrainer(
+            str(tmp_path / "model"), train_dataset=make_rows(11), processing_class=make_tokenizer(),
+            output_dir=str(folder), **{**RUN, "max_steps": 4, **options},
+        )  # fmt: skip
+
+    whole = make(tmp_path / "whole")
+    whole.train()
+    shutil.copytree(
+        tmp_path / "whole" / "checkpoints" / "step-2", tmp_path / "run" / "checkpoints" / "step-2"
+    )
+    resumed = make(tmp_path / "run")
+    resumed.train(resume_from_checkpoint=True)
+    assert same_bits(whole, resumed)
+    assert figures(resumed)[:-1] == figures(whole)[:-1]
 
 
 def test_no_file_of_a_checkpoint_is_a_pickle(tmp_path):

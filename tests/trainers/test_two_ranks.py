@@ -14,6 +14,9 @@ from safetensors.torch import load_file
 from trainers import two_ranks
 from transformers import AutoModelForCausalLM
 
+from alignfast.trainers.checkpoint import find_newest
+from alignfast.trainers.interrupt import INTERRUPTED_EXIT_CODE
+
 TOLERANCE = 1e-6
 
 
@@ -24,9 +27,10 @@ def runs(tmp_path_factory):
     for method in two_ranks.METHODS:
         two_ranks.run(root / "one" / method, method, fsdp=False)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     process = subprocess.run(
-        [*launch, two_ranks.__file__, str(root / "two")],
-        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+        [*launch, two_ranks.__file__, str(root / "two")], capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))},
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-4000:]
     return root
@@ -59,7 +63,7 @@ def test_two_ranks_equal_one(runs, sharding, method):
 
 
 @pytest.mark.parametrize("sharding", two_ranks.SHARDINGS)
-@pytest.mark.parametrize("method", two_ranks.METHODS)
+@pytest.mark.parametrize("method", two_ranks.RESUMED)
 def test_resumed_ranks_equal_uninterrupted(runs, sharding, method):
     assert len(read(runs, sharding, method, "gradients", "-resumed")) == 2  # it ran steps 3 and 4 alone
     whole, resumed = (
@@ -75,3 +79,10 @@ def test_a_checkpoint_of_two_ranks_loads_in_transformers(runs, sharding, method)
     weights = read(runs, sharding, method, "weights")
     model = AutoModelForCausalLM.from_pretrained(runs / "two" / sharding / method / "checkpoints" / "step-4")
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(runs):
+    folder = runs / "two" / "interrupted"
+    told = [(folder / f"left-{rank}").read_text() for rank in (0, 1)]
+    assert told == [f"{INTERRUPTED_EXIT_CODE} {folder / 'checkpoints' / 'step-2'}"] * 2
+    assert find_newest(folder / "checkpoints", pytest.fail) == folder / "checkpoints" / "step-2"

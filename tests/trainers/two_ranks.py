@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from trainers.tiny import make_llama, make_pairs, make_rows, make_tokenizer
 from transformers import TrainerCallback
 
 from alignfast import DPOTrainer, SFTTrainer
+from alignfast.trainers.interrupt import TrainingInterrupted
 from alignfast.trainers.state import whole
 
 LORA = dict(peft_config=dict(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"]))
@@ -30,6 +32,7 @@ METHODS = {
     "dpo-precomputed": (DPOTrainer, dict(precompute_ref_log_probs=True)),
     "dpo-sft": (DPOTrainer, dict(loss_type=["sigmoid", "sft"])),
 }
+RESUMED = ("sft", "dpo-lora", "dpo-precomputed")
 SHARDINGS = ("ddp", "fsdp")
 
 
@@ -42,6 +45,14 @@ class KeepGradients(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         wholes = [whole(p.grad).flatten() for _, p in sorted(model.named_parameters()) if p.requires_grad]
         self.gradients.append(torch.cat(wholes).clone())
+
+
+class SignalRankOne(TrainerCallback):
+    """SIGTERM to the second rank alone, in step 2."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1 and os.environ.get("RANK") == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run(folder: Path, method: str, fsdp: bool, resume: bool = False) -> None:
@@ -67,12 +78,27 @@ def run(folder: Path, method: str, fsdp: bool, resume: bool = False) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
+def interrupt(folder: Path) -> None:
+    """All ranks must leave together, with a checkpoint, when one of them is asked to stop."""
+    trainer = SFTTrainer(
+        make_llama(), train_dataset=make_rows(8), processing_class=make_tokenizer(), output_dir=str(folder),
+        per_device_train_batch_size=1, max_steps=4, report_to="none", callbacks=[SignalRankOne],
+    )  # fmt: skip
+    try:
+        trainer.train()
+    except TrainingInterrupted as leaving:
+        rank = trainer.accelerator.process_index
+        (folder / f"left-{rank}").write_text(f"{leaving.code} {leaving.checkpoint}")
+
+
 def main(root: Path) -> None:
     torch.set_num_threads(1)
+    interrupt(root / "interrupted")
     for sharding in SHARDINGS:
         for method in METHODS:
             run(root / sharding / method, method, fsdp=sharding == "fsdp")
-            run(root / sharding / method, method, fsdp=sharding == "fsdp", resume=True)
+            if method in RESUMED:
+                run(root / sharding / method, method, fsdp=sharding == "fsdp", resume=True)
     torch.distributed.destroy_process_group()
 
 
