@@ -7,7 +7,7 @@ place to look, not a verdict.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import yaml
 
 from alignfast.trainers.metrics import read_metrics
 
-Rows = Sequence[dict[str, Any]]
+Rows = Sequence[Mapping[str, Any]]
 GOOD, LOOK, BAD = "good", "look", "bad"
 
 
@@ -44,7 +44,7 @@ def read_run(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return rows, yaml.safe_load(config.read_text()) if config.is_file() else {}
 
 
-def findings(rows: Rows, config: dict[str, Any]) -> list[Finding]:
+def findings(rows: Rows, config: Mapping[str, Any]) -> list[Finding]:
     """All that the rules find, the bad first; one good one where they find nothing.
 
     >>> findings([{"step": i, "loss": 2.0 - i / 10} for i in range(9)], {})
@@ -73,7 +73,7 @@ def _ends(values: Sequence[float], share: float = 0.2) -> tuple[float, float]:
     return sum(values[:count]) / count, sum(values[-count:]) / count
 
 
-def _non_finite(rows: Rows, config: dict[str, Any]) -> Iterator[Finding]:
+def _non_finite(rows: Rows, config: Mapping[str, Any]) -> Iterator[Finding]:
     skipped = max((row.get("skipped_steps", 0) for row in rows), default=0)
     broken = [row["step"] for row in rows if not math.isfinite(row.get("loss", 0.0))]
     if skipped or broken:
@@ -85,7 +85,7 @@ def _non_finite(rows: Rows, config: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(BAD, text)
 
 
-def _no_progress(rows: Rows, config: dict[str, Any]) -> Iterator[Finding]:
+def _no_progress(rows: Rows, config: Mapping[str, Any]) -> Iterator[Finding]:
     losses = series(rows, "loss")[1]
     if len(losses) < 5:  # fewer say nothing
         yield Finding(
@@ -103,7 +103,7 @@ def _no_progress(rows: Rows, config: dict[str, Any]) -> Iterator[Finding]:
         )
 
 
-def _overfitting(rows: Rows, config: dict[str, Any]) -> Iterator[Finding]:
+def _overfitting(rows: Rows, config: Mapping[str, Any]) -> Iterator[Finding]:
     steps, losses = series(rows, "eval_loss")
     if len(losses) < 3:
         return
@@ -116,7 +116,7 @@ def _overfitting(rows: Rows, config: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(BAD, text)
 
 
-def _preferences(rows: Rows, config: dict[str, Any]) -> Iterator[Finding]:
+def _preferences(rows: Rows, config: Mapping[str, Any]) -> Iterator[Finding]:
     accuracies = series(rows, "rewards/accuracies")[1]
     if len(accuracies) < 5:
         return
@@ -142,7 +142,7 @@ def _preferences(rows: Rows, config: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(LOOK, text)
 
 
-def _chosen_falls(rows: Rows, config: dict[str, Any]) -> Iterator[Finding]:
+def _chosen_falls(rows: Rows, config: Mapping[str, Any]) -> Iterator[Finding]:
     logps = series(rows, "logps/chosen")[1]
     if len(logps) < 5:
         return
@@ -155,7 +155,7 @@ def _chosen_falls(rows: Rows, config: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(LOOK, text)
 
 
-def _gradients(rows: Rows, config: dict[str, Any]) -> Iterator[Finding]:
+def _gradients(rows: Rows, config: Mapping[str, Any]) -> Iterator[Finding]:
     norms, bound = series(rows, "grad_norm")[1], config.get("max_grad_norm") or math.inf
     if len(norms) < 5:
         return
@@ -172,7 +172,7 @@ def _gradients(rows: Rows, config: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(LOOK, f"At step {at} the gradient was {max(norms) / usual:.0f} times its usual size.")
 
 
-def _slowing(rows: Rows, config: dict[str, Any]) -> Iterator[Finding]:
+def _slowing(rows: Rows, config: Mapping[str, Any]) -> Iterator[Finding]:
     speeds = series(rows, "tokens_per_second")[1]
     if len(speeds) < 10:
         return
@@ -182,7 +182,7 @@ def _slowing(rows: Rows, config: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(LOOK, text)
 
 
-def _unfinished(rows: Rows, config: dict[str, Any]) -> Iterator[Finding]:
+def _unfinished(rows: Rows, config: Mapping[str, Any]) -> Iterator[Finding]:
     steps, planned = rows[-1]["step"], config.get("max_steps", -1)
     epochs, wanted = rows[-1].get("epoch"), config.get("num_train_epochs")
     short = steps < planned if planned > 0 else bool(epochs and wanted and epochs < wanted * 0.999)
@@ -191,7 +191,7 @@ def _unfinished(rows: Rows, config: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(LOOK, text)
 
 
-_RULES: tuple[Callable[[Rows, dict[str, Any]], Iterator[Finding]], ...] = (
+_RULES: tuple[Callable[[Rows, Mapping[str, Any]], Iterator[Finding]], ...] = (
     _non_finite,
     _no_progress,
     _overfitting,

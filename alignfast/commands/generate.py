@@ -65,8 +65,9 @@ def run(command: str, argv: Sequence[str]) -> None:
     from alignfast.rollout import generate_texts
 
     device = "cuda" if torch.cuda.is_available() and not options.use_cpu else "cpu"
+    model: Any = load_policy(options.model, layout="padded", dtype=options.dtype).model
     found = generate_texts(
-        load_policy(options.model, layout="padded", dtype=options.dtype).model.to(device),
+        model.to(device),
         load_tokenizer(options.tokenizer, options.model),
         prompts,
         chat=options.chat,

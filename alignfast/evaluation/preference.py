@@ -181,8 +181,8 @@ def _margin(score_S: NDArray[np.float64]) -> NDArray[np.float64]:
 def _accuracy(
     right: dict[str, NDArray[np.float64]], prompts: Sequence[str], kept_N: NDArray[np.bool_]
 ) -> dict[str, Interval]:
-    codes_N = np.unique(np.array(prompts)[kept_N], return_inverse=True)[1]
-    return {measure: proportion(right_N[kept_N], codes_N) for measure, right_N in right.items()}
+    kept_prompts = [prompt for prompt, kept in zip(prompts, kept_N) if kept]
+    return {measure: proportion(right_N[kept_N], kept_prompts) for measure, right_N in right.items()}
 
 
 def _sections(subsets: dict[str, dict[str, Interval]], counts: dict[str, int]) -> dict[str, dict[str, float]]:

@@ -6,7 +6,7 @@ The interval is Wilson's, with the effective count of comparisons where several 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ class WinRate:
         return f"{self.rate}, {self.wins} won, {self.ties} tied, {self.losses} lost"
 
 
-def win_rate(score_N: ArrayLike, other_N: ArrayLike, cluster_N: Sequence[Any] | None = None) -> WinRate:
+def win_rate(score_N: ArrayLike, other_N: ArrayLike, cluster_N: Sequence[Hashable] | None = None) -> WinRate:
     """Compare scores of answers with those of others to the same prompts.
 
     Args:
@@ -45,7 +45,7 @@ def win_rate(score_N: ArrayLike, other_N: ArrayLike, cluster_N: Sequence[Any] | 
         ValueError: the numbers of scores differ or are zero, or a score is not finite.
 
     >>> print(win_rate([3, 1, 2, 2], [1, 1, 0, 3]))
-    0.625 (95 % 0.209 to 0.913), 2 won, 1 tied, 1 lost
+    0.625 (95 % 0.219 to 0.908), 2 won, 1 tied, 1 lost
     """
     score_N, other_N = np.asarray(score_N, np.float64), np.asarray(other_N, np.float64)
     if score_N.ndim != 1 or score_N.shape != other_N.shape:
@@ -55,6 +55,5 @@ def win_rate(score_N: ArrayLike, other_N: ArrayLike, cluster_N: Sequence[Any] | 
     if not (np.isfinite(score_N).all() and np.isfinite(other_N).all()):
         raise ValueError("a score is not finite; leave out what the judge could not judge")
     won_N = (np.sign(score_N - other_N) + 1) / 2
-    codes = None if cluster_N is None else np.unique([str(c) for c in cluster_N], return_inverse=True)[1]
     wins, losses = int((won_N == 1).sum()), int((won_N == 0).sum())
-    return WinRate(wins, len(won_N) - wins - losses, losses, proportion(won_N, codes))
+    return WinRate(wins, len(won_N) - wins - losses, losses, proportion(won_N, cluster_N))

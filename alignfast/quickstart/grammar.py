@@ -40,7 +40,7 @@ def questions(seed: int, held_out: float = 0.2) -> tuple[list[Question], list[Qu
 
     >>> train, held = questions(seed=0)
     >>> len(train), len(held), {q.topic for q in train} & {q.topic for q in held}
-    (1181, 295, set())
+    (1176, 296, set())
     """
     topics = [
         Topic(kind, place, aspect)
@@ -64,8 +64,8 @@ def _asked(topics: list[Topic]) -> list[Question]:
 def answer(topic: Topic, rng: random.Random) -> str:
     """An answer as the grammar's people give it.
 
-    >>> answer(Topic("food", "harbour cafe", "soup"), random.Random(3))
-    'x'
+    >>> answer(Topic("food", "harbour cafe", "soup"), random.Random(3))[:73] + " ..."
+    'Even a colleague was happy with the soup. And thanks to the rich lemonade ...'
     """
     mood = rng.choice(words.SENTIMENTS)
     parts = [words.OPENERS, words.DETAILS]
@@ -97,9 +97,9 @@ def is_well_formed(topic: Topic, text: str) -> bool:
     """Whether a text could have come from `answer(topic)`: every sentence in its place, every word fitting.
 
     >>> cafe = Topic("food", "harbour cafe", "soup")
-    >>> is_well_formed(cafe, "The soup was very fresh. The cook was kind too.")
+    >>> is_well_formed(cafe, "The soup was very fresh. The manager was kind too.")
     True
-    >>> is_well_formed(cafe, "The soup was very rude. The cook was kind too.")
+    >>> is_well_formed(cafe, "The soup was very rude. The manager was kind too.")
     False
     """
     return _pattern(topic).fullmatch(text) is not None

@@ -224,7 +224,9 @@ def _measure(
     return Measured(
         seed,
         [f"{seed}: {question.topic}" for question, texts in zip(asked, before) for _ in texts],
-        *scores,
+        before=scores[0],
+        again=scores[1],
+        after=scores[2],
         well_formed=(_mean(well_formed[0]), _mean(well_formed[1])),
         samples=[(q.text, one[0], other[0]) for q, one, other in zip(asked, before, after)][:8],
         pairs=pairs,

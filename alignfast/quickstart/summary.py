@@ -23,7 +23,7 @@ from alignfast.report.page import cards, details, figure, grid, page, section, t
 from alignfast.report.plots import Line, draw_intervals, interval_plot, line_plot
 from alignfast.trainers.metrics import read_metrics
 
-BEFORE, AFTER = "fine-tuned model, a second sample", "aligned by DPO"
+BEFORE, AFTER = "before: sampled again", "after: aligned by DPO"
 
 
 def show(seeds: Sequence[Measured], folder: Path, sizes: Sizes, seconds: float, console: Console) -> bool:
@@ -64,7 +64,7 @@ def _rates_table(rates: dict[str, tuple[WinRate, WinRate]]) -> Table:
         title="win rate against the fine-tuned model, on held-out questions (ties half)", title_justify="left"
     )
     table.add_column("")
-    for name in (BEFORE, AFTER):
+    for name in ("before", "after"):
         table.add_column(name, justify="right")
         table.add_column("95 %", justify="right")
     for name, pair in rates.items():
@@ -124,7 +124,7 @@ def _write_json(
 
 
 def _intervals(rates: dict[str, tuple[WinRate, WinRate]]) -> dict[str, dict[str, tuple[float, float, float]]]:
-    return {name: {BEFORE: tuple(b.rate), AFTER: tuple(a.rate)} for name, (b, a) in rates.items()}
+    return {name: {BEFORE: b.rate, AFTER: a.rate} for name, (b, a) in rates.items()}
 
 
 def _write_plot(path: Path, rates: dict[str, tuple[WinRate, WinRate]]) -> None:
@@ -162,11 +162,10 @@ def _write_page(
             f"{len(seeds)} seeds, {seconds / 60:.1f} minutes",
             cards(
                 [
-                    ("win rate after", f"{after.rate.estimate:.1%}"),
-                    ("its 95 % interval", f"{after.rate.low:.1%} to {after.rate.high:.1%}"),
-                    ("win rate before", f"{before.rate.estimate:.1%}"),
-                    ("its 95 % interval", f"{before.rate.low:.1%} to {before.rate.high:.1%}"),
-                    ("a gain", "yes" if gain else "not shown"),
+                    (_card("win rate before", before), f"{before.rate.estimate:.1%}"),
+                    (_card("win rate after", after), f"{after.rate.estimate:.1%}"),
+                    ("a gain: intervals apart", "yes" if gain else "not shown"),
+                    ("votes of the simulated user", f"{sum(one.pairs for one in seeds):,}"),
                 ]
             ),
             f"<p>{verdict(seeds, before, after)}</p>",
@@ -186,6 +185,10 @@ def _write_page(
             section("Training", grid(curves)),
         )
     )
+
+
+def _card(name: str, rate: WinRate) -> str:
+    return f"{name} (95 %: {rate.rate.low:.1%} to {rate.rate.high:.1%})"
 
 
 def _curves(seeds: Sequence[Measured], folder: Path, metric: str, caption: str) -> str:

@@ -18,7 +18,7 @@ h2 { margin: 2.6rem 0 .9rem; font-size: 1.15rem; }
 p, li { max-width: 46rem; }
 .soft { color: var(--soft); margin: .3rem 0 1.6rem; }
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); }
-.cards { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); }
+.cards { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); }
 .card, figure { margin: 0; padding: .9rem 1.1rem; background: var(--card); border-radius: .6rem; }
 .card b { display: block; font-size: 1.45rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
 .card span { color: var(--soft); font-size: .85rem; }
@@ -36,6 +36,7 @@ ul.findings { list-style: none; padding: 0; }
 ul.findings li { margin: .35rem 0; }
 .tag { display: inline-block; min-width: 3.2rem; font-weight: 700; }
 .good { color: var(--good); } .look { color: var(--look); } .bad { color: var(--bad); }
+details { margin-top: .6rem; }
 details summary { cursor: pointer; color: var(--soft); }
 code { font: .88em ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 """.strip()

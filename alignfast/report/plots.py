@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 _INK, _GRID = "#010203", "#040506"
 # Told apart by people who are colour-blind, and readable on white and on near-black (Okabe and Ito, darkened).
 COLOURS = ("#2f81c7", "#e0861a", "#1a9c77", "#c4567e", "#8a6fc4", "#7a7a7a")
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "alignfast",
     "font.family": "sans-serif",
@@ -85,7 +85,7 @@ def interval_plot(
         middle: where a line is drawn: no difference.
     """
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(7.2, 0.9 + 0.5 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(10.8, 0.8 + 0.5 * len(rows)), layout="constrained")
         axes = figure.subplots()
         draw_intervals(axes, rows, middle)
         return svg(figure, label)

@@ -63,6 +63,7 @@ def generate_texts(
         raise ValueError(
             f"expected temperature >= 0, 0 < top_p <= 1 and top_k >= 0, got {temperature}, {top_p}, {top_k}"
         )
+    generate: Any = model.generate  # transformers declares it on a mixin that mypy takes for a tensor
     stops = _stops(model, tokenizer)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     config = GenerationConfig(
@@ -85,7 +86,7 @@ def generate_texts(
             for first in range(0, len(order), batch_size):
                 rows = order[first : first + batch_size]
                 input_ids_BL, mask_BL = _pad_left([encoded[i] for i in rows], config.pad_token_id)
-                output_BL = model.generate(
+                output_BL = generate(
                     input_ids=input_ids_BL.to(device),
                     attention_mask=mask_BL.to(device),
                     generation_config=config,

@@ -1,0 +1,74 @@
+"""Each example runs as it stands, in a folder of its own, on a tiny model and a few rows."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from trainers.tiny import make_llama, make_pairs, make_rows, make_tokenizer
+from transformers import AutoModelForCausalLM
+
+from alignfast.cli import main
+from alignfast.commands.recipes import RECIPES
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    make_llama().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    pairs = [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in make_pairs(16)]
+    for name, rows in (("pairs.jsonl", pairs), ("texts.jsonl", make_rows(16))):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes(recipe: str, workplace: Path) -> None:
+    method = recipe.split("_")[0]
+    data = "texts.jsonl" if method == "sft" else "pairs.jsonl"
+    words = [
+        method,
+        "--config",
+        str(EXAMPLES / f"{recipe}.yaml"),
+        "--model",
+        "model",
+        "--train_dataset",
+        data,
+    ]
+    assert main([*words, "--max_steps", "2", "--use_cpu"]) == 0
+    output = workplace / yaml.safe_load(RECIPES[recipe])["output_dir"]
+    assert (output / "report.html").is_file()
+    assert (output / "adapter_config.json").is_file() == (recipe == "dpo_lora")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_are_what_init_writes(recipe: str) -> None:
+    assert (EXAMPLES / f"{recipe}.yaml").read_text() == RECIPES[recipe]
+
+
+def test_dpo_script(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = EXAMPLES / "dpo.py"
+    assert len(script.read_text().splitlines()) <= 12
+    monkeypatch.setattr(sys, "argv", ["dpo.py", "model", "pairs.jsonl"])
+    runpy.run_path(str(script), run_name="__main__")
+    AutoModelForCausalLM.from_pretrained(workplace / "dpo_output" / "final")
+
+
+def test_textbook_script(workplace: Path) -> None:
+    found = runpy.run_path(str(EXAMPLES / "textbook.py"), run_name="__main__")
+    saved = AutoModelForCausalLM.from_pretrained(workplace / "fine-tuned-model")
+    assert saved.config.model_type == "gpt2"
+    assert found["trainer"].state.global_step == 3  # 3 epochs of one batch
+
+
+def test_every_example_has_a_test() -> None:
+    assert {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".yaml")} == {
+        "dpo.py", "textbook.py", *(f"{recipe}.yaml" for recipe in RECIPES),
+    }  # fmt: skip
