@@ -127,17 +127,16 @@ def couples_batch(loss_type: str | Sequence[str]) -> bool:
     return any(name in LOSSES and LOSSES[name].couples_batch for name in names)
 
 
-def dpo_counts(lengths: Sequence[int]) -> dict[str, int]:
-    """What each summed metric is divided by, from the lengths of the whole step.
+def dpo_counts(num_pairs: int, num_chosen_tokens: int, num_rejected_tokens: int) -> dict[str, int]:
+    """What each summed metric is divided by, from the numbers of pairs and predictions of the whole step.
 
     Rewards and log-probs are means over pairs, `logits/...` over the tokens of their side,
     `mean_token_accuracy` over chosen tokens, `entropy` over all.
     """
-    pairs, chosen, rejected = len(lengths) // 2, sum(lengths[::2]), sum(lengths[1::2])
     over_pairs = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
-    counts = dict.fromkeys((*over_pairs, "logps/chosen", "logps/rejected"), pairs)
-    counts |= {"logits/chosen": chosen, "logits/rejected": rejected}
-    counts |= {"mean_token_accuracy": chosen, "entropy": chosen + rejected}
+    counts = dict.fromkeys((*over_pairs, "logps/chosen", "logps/rejected"), num_pairs)
+    counts |= {"logits/chosen": num_chosen_tokens, "logits/rejected": num_rejected_tokens}
+    counts |= {"mean_token_accuracy": num_chosen_tokens, "entropy": num_chosen_tokens + num_rejected_tokens}
     return {name: max(count, 1) for name, count in counts.items()}
 
 

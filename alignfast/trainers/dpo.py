@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -83,10 +82,9 @@ class DPOTrainer(Trainer):
             or no second model at all with `precompute_ref_log_probs=True`.
         args: as of every trainer, like all that follows.
 
-    Example:
-        pairs = [("Prompt 1", "Preferred", "Dispreferred"), ...]
-        trainer = DPOTrainer(model=model, tokenizer=tokenizer, dataset=pairs, beta=0.1)
-        trainer.train()
+    >>> pairs = [("Prompt 1", "Preferred", "Dispreferred")]
+    >>> trainer = DPOTrainer(model=model, tokenizer=tokenizer, dataset=pairs, beta=0.1)  # doctest: +SKIP
+    >>> trainer.train()  # doctest: +SKIP
     """
 
     args: DPOConfig
@@ -138,11 +136,4 @@ class DPOTrainer(Trainer):
             group_sizes=dpo_groups(batch.lengths, self.args.loss_type),
             router_weight=router_weight,
         )
-        return loss, means(sums, _divisors(counts["pairs"], counts["chosen"], counts["rejected"]))
-
-
-@lru_cache(maxsize=4)
-def _divisors(pairs: int, chosen: int, rejected: int) -> dict[str, int]:
-    return dpo_counts(
-        (chosen, rejected, *[0] * (2 * pairs - 2))
-    )  # it reads the lengths' number and sums alone
+        return loss, means(sums, dpo_counts(counts["pairs"], counts["chosen"], counts["rejected"]))

@@ -35,10 +35,10 @@ class SFTConfig(TrainerConfig):
 class SFTTrainer(Trainer):
     """Fine-tune on text, messages, or prompts with completions.
 
-    Example:
-        trainer = SFTTrainer("my-model", args=SFTConfig(output_dir="out"), train_dataset="chats.jsonl")
-        trainer.train()
-        trainer.save_model("out/final")
+    >>> config = SFTConfig(output_dir="out", learning_rate=1e-4)
+    >>> trainer = SFTTrainer("my-model", args=config, train_dataset="chats.jsonl")  # doctest: +SKIP
+    >>> trainer.train()  # doctest: +SKIP
+    >>> trainer.save_model("out/final")  # doctest: +SKIP
     """
 
     args: SFTConfig

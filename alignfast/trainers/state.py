@@ -82,7 +82,8 @@ def load_weights(model: Any, folder: Path) -> None:
         loaded, missing, unexpected = twin.state_dict(), report["missing_keys"], report["unexpected_keys"]
     if missing or unexpected:
         raise ValueError(
-            f"{folder} holds weights of another model: missing {sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]}"
+            f"{folder} holds weights of another model: missing {sorted(missing)[:3]}, "
+            f"unexpected {sorted(unexpected)[:3]}"
         )
     with torch.no_grad():
         for name, tensor in loaded.items():

@@ -98,7 +98,7 @@ def test_metrics_are_trls() -> None:
     """Each of TRL's names, each the mean that TRL logs."""
     step = Step(beta=0.3, label_smoothing=0.0)
     _, metrics, *_ = step.run(chunk_rows=9)
-    counts = dpo_counts(LENGTHS)
+    counts = dpo_counts(len(LENGTHS) // 2, sum(LENGTHS[::2]), sum(LENGTHS[1::2]))
     means = {name: (value / counts[name]).item() for name, value in metrics.items()}
     logps_P, logits_PV = token_logps(HIDDEN_PD), logits(HIDDEN_PD)
     p_PV = logits_PV.softmax(1)
