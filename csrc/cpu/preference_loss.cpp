@@ -56,7 +56,7 @@ static void preference_loss(Tensor<1> logps_P, Tensor<1> offsets_M, Tensor<1> re
     }
     const auto& [chosen, rejected] = sides;
     const double margin = chosen.ratio * chosen.per_token - rejected.ratio * rejected.per_token;
-    const PairLoss of_pair = pair_loss(int(code), float(margin), float(beta), float(label_smoothing));
+    const PairLoss of_pair = pair_loss(int(code), margin, beta, label_smoothing);
     const double outputs[5] = {of_pair.loss, beta * chosen.ratio, beta * rejected.ratio, chosen.logp, rejected.logp};
     for (int i = 0; i < 5; ++i) out[i * pairs + pair] = float(outputs[i]);
     for (int side = 0; side < 2; ++side) {
