@@ -124,7 +124,7 @@ def test_instruction_sets_agree() -> None:
 
 
 def test_two_threads_give_the_bits_of_one() -> None:
-    logits_TV, targets_T = inputs(T=64)  # 320 thousand numbers: enough for threads.h to use both
+    logits_TV, targets_T = inputs(T=120)  # 600 thousand numbers: enough for threads.h to use both
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
