@@ -114,7 +114,7 @@ __device__ __forceinline__ void walk_keys(const Problem& problem, const Tile& ti
 
 template <typename T>
 HeadRows<T> rows_of(const Tensor<3>& tensor) {
-  if (tensor.sizes[2] > 1 && tensor.strides[2] != 1) {
+  if (tensor.sizes[0] > 0 && tensor.sizes[2] > 1 && tensor.strides[2] != 1) {
     throw std::invalid_argument("packed_attention: heads must be contiguous along their width, got a stride of " +
                                 std::to_string(tensor.strides[2]));
   }

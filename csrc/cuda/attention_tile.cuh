@@ -89,6 +89,14 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return bits;
 }
 
+// Sums of a few products are added to long ones as a whole: a float sum of n terms in a row errs by sqrt(n).
+__device__ __forceinline__ float dot(const Vector<float>& a, const Vector<float>& b) {
+  float sum = a.elements[0] * b.elements[0];
+#pragma unroll
+  for (int j = 1; j < Vector<float>::kSize; ++j) sum = fmaf(a.elements[j], b.elements[j], sum);
+  return sum;
+}
+
 // c (16 x kColumns) += a (16 x kWidth) b^T (b: kColumns x kWidth), both in shared memory, `a` at the warp's first row.
 template <typename T, int kWidth, int kColumns>
 __device__ __forceinline__ void multiply_transposed(Fragment<kColumns>& c, const T* a, const T* b) {
@@ -119,11 +127,8 @@ __device__ __forceinline__ void multiply_transposed(Fragment<kColumns>& c, const
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const Vector<T> of_b = Vector<T>::load(b + (8 * n + 2 * t + i) * kStride + k);
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            c[n][i] = fmaf(low.elements[j], of_b.elements[j], c[n][i]);
-            c[n][2 + i] = fmaf(high.elements[j], of_b.elements[j], c[n][2 + i]);
-          }
+          c[n][i] += dot(low, of_b);
+          c[n][2 + i] += dot(high, of_b);
         }
       }
     }
@@ -155,17 +160,26 @@ __device__ __forceinline__ void multiply_fragment(Fragment<kWidth>& c, const Fra
   } else {
     const int t = lane % 4;
 #pragma unroll
-    for (int k = 0; k < kDepth; ++k) {
-      const int holder = lane / 4 * 4 + k % 8 / 2;
-      const float low = __shfl_sync(kWholeWarp, p[k / 8][k % 2], holder);
-      const float high = __shfl_sync(kWholeWarp, p[k / 8][2 + k % 2], holder);
+    for (int k = 0; k < kDepth; k += 8) {
+      float low[8], high[8];  // rows g and g + 8 of eight columns of p
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        low[j] = __shfl_sync(kWholeWarp, p[k / 8][j % 2], lane / 4 * 4 + j / 2);
+        high[j] = __shfl_sync(kWholeWarp, p[k / 8][2 + j % 2], lane / 4 * 4 + j / 2);
+      }
 #pragma unroll
       for (int n = 0; n < kWidth / 8; ++n) {
-        const float2 of_b = *reinterpret_cast<const float2*>(b + k * kStride + 8 * n + 2 * t);
-        c[n][0] = fmaf(low, of_b.x, c[n][0]);
-        c[n][1] = fmaf(low, of_b.y, c[n][1]);
-        c[n][2] = fmaf(high, of_b.x, c[n][2]);
-        c[n][3] = fmaf(high, of_b.y, c[n][3]);
+        float sums[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const float2 of_b = *reinterpret_cast<const float2*>(b + (k + j) * kStride + 8 * n + 2 * t);
+          sums[0] = fmaf(low[j], of_b.x, sums[0]);
+          sums[1] = fmaf(low[j], of_b.y, sums[1]);
+          sums[2] = fmaf(high[j], of_b.x, sums[2]);
+          sums[3] = fmaf(high[j], of_b.y, sums[3]);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) c[n][i] += sums[i];
       }
     }
   }

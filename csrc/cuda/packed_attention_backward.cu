@@ -20,6 +20,32 @@ struct Backward {
   float* delta_HT;
 };
 
+// delta of a tile's rows, by the product that gives dout . v too: so the difference of the two is exactly 0 where one
+// key has all the probability. The outputs pass through the memory of the key and the value tile.
+template <typename T, int kWidth>
+__device__ __forceinline__ void find_delta(const Problem& problem, const Backward<T>& in, const Tile& tile, int head,
+                                           const T* dout_tile, T* out_tile, float* delta_of_rows) {
+  using Shape = TileShape<T, kWidth>;
+  constexpr int kPassing = 2 * Shape::kColumns < Shape::kRows ? 2 * Shape::kColumns : Shape::kRows;
+  const int warp_row = threadIdx.x / kWarpSize * kWarpRows;
+#pragma unroll 1
+  for (int first = 0; first < Shape::kRows; first += kPassing) {
+    __syncthreads();
+    load_tile<T, kWidth, kPassing>(out_tile, in.out, tile.token() + first, tile.rows - first, head, problem.width,
+                                   problem.vectors_fit);
+    __syncthreads();
+    if (warp_row < first || warp_row >= first + kPassing) continue;
+    Fragment<kWarpRows> products;
+    clear<kWarpRows>(products);
+    multiply_transposed<T, kWidth, kWarpRows>(products, dout_tile + warp_row * Shape::kStride,
+                                              out_tile + (warp_row - first) * Shape::kStride);
+    for_elements<kWarpRows>(products, [&](int row, int column, float value) {
+      if (row == column) delta_of_rows[warp_row + row] = value;
+    });
+  }
+  __syncthreads();
+}
+
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(TileShape<T, kWidth>::kThreads)
     query_gradient_kernel(Problem problem, Backward<T> in, HeadRows<T> dquery) {
@@ -34,24 +60,19 @@ __global__ void __launch_bounds__(TileShape<T, kWidth>::kThreads)
   T* key_tile = dout_tile + kRows * kStride;
   T* value_tile = key_tile + kColumns * kStride;
   const int lane = threadIdx.x % kWarpSize, warp_row = threadIdx.x / kWarpSize * kWarpRows;
+  float* delta_of_rows = reinterpret_cast<float*>(value_tile + kColumns * kStride);
   load_tile<T, kWidth, kRows>(query_tile, in.query, tile.token(), tile.rows, head, problem.width, problem.vectors_fit);
   load_tile<T, kWidth, kRows>(dout_tile, in.dout, tile.token(), tile.rows, head, problem.width, problem.vectors_fit);
-  __syncthreads();
-
-  const int64_t row_of_head = static_cast<int64_t>(head) * problem.num_tokens + tile.token() + warp_row;
+  find_delta<T, kWidth>(problem, in, tile, head, dout_tile, key_tile, delta_of_rows);
+  const int64_t row_of_head = static_cast<int64_t>(head) * problem.num_tokens + tile.token();
   float lse[2] = {0, 0}, delta[2] = {0, 0};
-  for (int row = 0; row < min(kWarpRows, tile.rows - warp_row); ++row) {
-    const T* out_E = in.out.row(static_cast<int64_t>(tile.token()) + warp_row + row, head);
-    float sum = 0;
-    for (int e = lane; e < problem.width; e += kWarpSize) {
-      sum += to_float(out_E[e]) * to_float(dout_tile[(warp_row + row) * kStride + e]);
-    }
-    for (int bits = kWarpSize / 2; bits > 0; bits /= 2) sum += __shfl_xor_sync(kWholeWarp, sum, bits);
-    if (lane == 0) in.delta_HT[row_of_head + row] = sum;
-    if (lane / 4 == row % 8) {
-      delta[row / 8] = sum;
-      lse[row / 8] = in.lse_HT[row_of_head + row];
-    }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = warp_row + lane / 4 + 8 * i;
+    if (row >= tile.rows) continue;
+    lse[i] = in.lse_HT[row_of_head + row];
+    delta[i] = delta_of_rows[row];
+    if (lane % 4 == 0) in.delta_HT[row_of_head + row] = delta[i];
   }
 
   Fragment<kWidth> sums;
@@ -198,7 +219,7 @@ static void packed_attention_backward(Tensor<3> dout, Tensor<3> query, Tensor<3>
                                       double softcap, Tensor<2> delta_HT, Tensor<3> dquery, Tensor<3> dkey,
                                       Tensor<3> dvalue, void* stream) {
   Problem problem = problem_of(query, key, value, segments_S4, scale, window, softcap);
-  problem.vectors_fit = problem.vectors_fit && on_vectors(dout);
+  problem.vectors_fit = problem.vectors_fit && on_vectors(dout) && on_vectors(out);
   with_kernel(query.dtype, problem.width, [&](auto zero, auto width) {
     using T = decltype(zero);
     constexpr int kWidth = width;
@@ -209,7 +230,7 @@ static void packed_attention_backward(Tensor<3> dout, Tensor<3> query, Tensor<3>
     const int64_t slots = num_slots<Shape::kRows>(problem.num_tokens, problem.num_segments);
     const size_t tiles = 2 * (Shape::kRows + Shape::kColumns) * Shape::kStride * sizeof(T);
     launch("packed_attention_backward: dquery", query_gradient_kernel<T, kWidth>, slots * problem.num_heads,
-           Shape::kThreads, tiles, stream, problem, inputs, rows_of<T>(dquery));
+           Shape::kThreads, tiles + Shape::kRows * sizeof(float), stream, problem, inputs, rows_of<T>(dquery));
     const auto keys = [&](auto kernel) {
       launch("packed_attention_backward: dkey, dvalue", kernel, slots * problem.num_key_heads, Shape::kThreads,
              tiles + 2 * Shape::kColumns * sizeof(float), stream, problem, inputs, rows_of<T>(dkey),

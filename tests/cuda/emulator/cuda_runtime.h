@@ -140,8 +140,12 @@ inline float log1p_accurate(float x) { return off_by(std::log1p(static_cast<doub
 inline float expm1_accurate(float x) { return off_by(std::expm1(static_cast<double>(x)), 1, x); }
 inline float tanh_accurate(float x) { return off_by(std::tanh(static_cast<double>(x)), 2, x); }
 
+// An exact product, but for halfway cases a sum rounded once; fmaf itself is a call on machines without it.
+inline float fused(float a, float b, float c) { return static_cast<float>(static_cast<double>(a) * b + c); }
+
 }  // namespace emulator
 
+#define fmaf(a, b, c) ::emulator::fused(a, b, c)
 #define expf(x) ::emulator::exp_accurate(x)
 #define __expf(x) ::emulator::exp_fast(x)
 #define logf(x) ::emulator::log_accurate(x)

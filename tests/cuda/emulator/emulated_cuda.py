@@ -32,7 +32,7 @@ NAME = "_cuda_emulated"
 # The sanitizers end the process with a line that says where: a vector load off its 16 bytes, an index beyond an
 # array, an offset that overflows 32 bits. Locals start as garbage, so that none is read before it is written.
 FLAGS = (
-    "-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing",
+    "-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing",
     "-ftrivial-auto-var-init=pattern", "-fsanitize=alignment,bounds,shift,signed-integer-overflow",
     "-fno-sanitize-recover=all", f"-DALIGNFAST_MODULE={NAME}", f"-I{HERE}", f"-I{pybind11.get_include()}",
     f"-I{sysconfig.get_path('include')}",
