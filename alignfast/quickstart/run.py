@@ -38,7 +38,7 @@ class Sizes:
 
     hidden_size: int = 128
     """Width of the Llama."""
-    sft_rows: int = 14_000
+    sft_rows: int = 18_000
     """Answers of the grammar to learn from."""
     pairs: int = 1000
     """Questions whose two answers are put to the vote."""

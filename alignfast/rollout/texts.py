@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Prompt: TypeAlias = str | list[dict[str, Any]]
@@ -52,29 +51,13 @@ def generate_texts(
     Raises:
         ValueError: an option is out of range, a prompt has no token, or the tokenizer lacks a chat template.
     """
-    for name, value in (
-        ("max_new_tokens", max_new_tokens),
-        ("num_samples", num_samples),
-        ("batch_size", batch_size),
-    ):
+    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
-        raise ValueError(
-            f"expected temperature >= 0, 0 < top_p <= 1 and top_k >= 0, got {temperature}, {top_p}, {top_k}"
-        )
-    generate: Any = model.generate  # transformers declares it on a mixin that mypy takes for a tensor
-    stops = _stops(model, tokenizer)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-    config = GenerationConfig(
-        **(sampling if temperature else {"do_sample": False}),
-        max_new_tokens=max_new_tokens,
-        eos_token_id=stops or None,
-        pad_token_id=_pad(tokenizer, stops),
-    )
+    config = _config(model, tokenizer, max_new_tokens, temperature, top_p, top_k)
     encoded = [_encode(tokenizer, prompt, chat) for prompt in prompts]
     order = sorted(
-        (index for index in range(len(prompts)) for _ in range(num_samples)), key=lambda i: len(encoded[i])
+        (i for i in range(len(prompts)) for _ in range(num_samples)), key=lambda i: len(encoded[i])
     )
     found: list[list[str]] = [[] for _ in prompts]
     device = next(model.parameters()).device
@@ -85,20 +68,57 @@ def generate_texts(
             torch.manual_seed(seed)
             for first in range(0, len(order), batch_size):
                 rows = order[first : first + batch_size]
-                input_ids_BL, mask_BL = _pad_left([encoded[i] for i in rows], config.pad_token_id)
-                output_BL = generate(
-                    input_ids=input_ids_BL.to(device),
-                    attention_mask=mask_BL.to(device),
-                    generation_config=config,
-                )
-                texts = tokenizer.batch_decode(
-                    _without_tail(output_BL[:, input_ids_BL.shape[1] :], stops), skip_special_tokens=True
-                )
-                for index, text in zip(rows, texts):
+                completions = _complete(model, [encoded[i] for i in rows], config)
+                for index, text in zip(rows, tokenizer.batch_decode(completions, skip_special_tokens=True)):
                     found[index].append(text)
     finally:
         model.train(training)
     return found
+
+
+def _config(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+) -> GenerationConfig:
+    """All that bears on a completion, said outright: none of the model's own defaults come in."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+        raise ValueError(
+            f"expected temperature >= 0, 0 < top_p <= 1 and top_k >= 0, got {temperature}, {top_p}, {top_k}"
+        )
+    own = getattr(model.generation_config, "eos_token_id", None)
+    stops = [own] if isinstance(own, int) else list(own or [])
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in stops:
+        stops.append(tokenizer.eos_token_id)
+    # Any pad token will do: it is masked before a prompt and cut away after a stop.
+    pad = next((token for token in (tokenizer.pad_token_id, *stops) if token is not None), 0)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    return GenerationConfig(
+        **(sampling if temperature else {"do_sample": False}),
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stops or None,
+        pad_token_id=pad,
+    )
+
+
+def _complete(model: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig) -> list[list[int]]:
+    """Tokens that continue each prompt, up to the first stop."""
+    longest = max(map(len, prompts))
+    device = next(model.parameters()).device
+    ids_BL = torch.tensor([[config.pad_token_id] * (longest - len(ids)) + ids for ids in prompts])
+    mask_BL = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
+    generate: Any = model.generate  # transformers declares it on a mixin that mypy takes for a tensor
+    output_BL = generate(
+        input_ids=ids_BL.to(device), attention_mask=mask_BL.to(device), generation_config=config
+    )
+    rows, stops = output_BL[:, longest:].tolist(), config.eos_token_id or []
+    ends = [next((at for at, token in enumerate(row) if token in stops), len(row)) for row in rows]
+    return [row[:end] for row, end in zip(rows, ends)]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool | None) -> list[int]:
@@ -116,33 +136,3 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool | Non
     if not ids:
         raise ValueError(f"prompt {prompt!r} has no token to start from")
     return ids
-
-
-def _stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a completion: the model's own and the tokenizer's."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    stops = [own] if isinstance(own, int) else list(own or [])
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in stops:
-        stops.append(tokenizer.eos_token_id)
-    return stops
-
-
-def _pad(tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> int:
-    """Any token will do: pads are masked before a prompt and cut away after a stop."""
-    if tokenizer.pad_token_id is not None:
-        return tokenizer.pad_token_id
-    return stops[0] if stops else 0
-
-
-def _pad_left(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    longest = max(map(len, rows))
-    ids_BL = torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows])
-    mask_BL = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    return ids_BL, mask_BL
-
-
-def _without_tail(output_BL: Tensor, stops: list[int]) -> list[list[int]]:
-    """Each row up to its first stop."""
-    rows = output_BL.tolist()
-    ends = [next((at for at, token in enumerate(row) if token in stops), len(row)) for row in rows]
-    return [row[:end] for row, end in zip(rows, ends)]

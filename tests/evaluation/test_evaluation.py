@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from trainers.tiny import make_llama, make_pairs, make_rows, make_tokenizer
+from trainers.tiny import make_gpt2_with_dropout, make_llama, make_pairs, make_rows, make_tokenizer
 
 from alignfast.data import load_rows, prepare_preference
 from alignfast.evaluation import perplexity, preference_accuracy, win_rate
@@ -55,6 +55,13 @@ def test_scoring_leaves_the_model_as_it_was() -> None:
     assert model.training
     assert model.config._attn_implementation == before
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_scores_are_without_dropout() -> None:
+    policy = Policy(make_gpt2_with_dropout().train())
+    prepared = prepare_preference(load_rows(spaced(make_pairs(5))), TOKENIZER, max_length=None)
+    once, again = (answer_scores(policy, prepared.trees).sums_S for _ in range(2))
+    np.testing.assert_array_equal(once, again)
 
 
 def test_accuracy_by_three_measures() -> None:
@@ -155,6 +162,18 @@ def test_perplexity_counts_tokens_not_rows() -> None:
     assert found.nll == pytest.approx(-sum(sums) / sum(lengths), rel=2e-6)
     assert found.perplexity.estimate == pytest.approx(math.exp(found.nll))
     assert found.perplexity.low < found.perplexity.estimate < found.perplexity.high
+
+
+def test_perplexitys_interval_is_the_jackknifes() -> None:
+    """Leaving out one row at a time is another way to the same variance, to first order in 1 / rows."""
+    model = make_llama(1, initializer_range=0.5)
+    rows = [{**row, "completion": row["completion"] + " "} for row in make_rows(60)]
+    found = perplexity(Policy(model), TOKENIZER, load_rows(rows))
+    sums_R, lengths_R = np.array([plain_logp(model, row["prompt"], row["completion"]) for row in rows]).T
+    without_R = (sums_R.sum() - sums_R) / (lengths_R.sum() - lengths_R)
+    deviation = np.sqrt(59 / 60 * np.square(without_R - without_R.mean()).sum())
+    half = np.log(found.perplexity.high / found.perplexity.estimate)
+    assert half == pytest.approx(1.96 * deviation, rel=0.03)
 
 
 def test_one_row_has_no_interval() -> None:

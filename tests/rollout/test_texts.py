@@ -75,6 +75,17 @@ def test_generation_stops_at_the_end_token_and_keeps_the_mode() -> None:
     assert model.training
 
 
+def test_a_stop_of_the_models_own_ends_a_text_and_is_not_part_of_it() -> None:
+    model, tokenizer = sharp_llama(), make_tokenizer()
+    tokenizer.pad_token = None  # so that rows are filled up with the stop, which is a word here
+    tokenizer.eos_token = None
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("cat")
+    found = generate_texts(model, tokenizer, PROMPTS, max_new_tokens=30, num_samples=8)
+    lengths = {len(text.split()) for texts in found for text in texts}
+    assert len(lengths) > 1  # some stopped
+    assert not any("cat" in text for texts in found for text in texts)
+
+
 def test_texts_become_a_users_turn_where_there_is_a_template() -> None:
     model, tokenizer = sharp_llama(), make_tokenizer()
     with pytest.raises(ValueError, match="chat template"):
