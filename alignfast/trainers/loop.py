@@ -108,8 +108,7 @@ class Trainer:
                     f"router_aux_loss_coef: {type(base).__name__} is no mixture of experts; leave it out"
                 )
             base.router_aux_loss_coef = args.router_aux_loss_coef
-        self.policy = None
-        self.model = self.module.model
+        self.policy, self.model = None, self.module.model
         given = one_of("processing_class", processing_class, "tokenizer", tokenizer)
         self.processing_class = load_tokenizer(given, model, trust_remote_code=args.trust_remote_code)
         self.all_data: list[Data] = []
@@ -163,7 +162,7 @@ class Trainer:
         """
         if not self.train_data.trees:
             raise ValueError("train() needs a train_dataset")
-        args = self.args
+        args, mode = self.args, self.model.training
         if args.keep_cpu_memory and self.accelerator.device.type == "cpu":
             keep_cpu_memory()
         self._reset()
@@ -178,6 +177,7 @@ class Trainer:
         with ExitStack() as stack:
             self._stop = stack.enter_context(StopRequest())
             stack.enter_context(self.module.attached())
+            stack.callback(self.module.train, mode)
             self.log.open(stack, self.plan.num_steps, self.state.global_step)
             self.log.say(describe_run(self))
             if folder is not None:

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
@@ -55,8 +56,11 @@ class Updater:
 
     def step(self, loss: float) -> Update:
         """One step of optimizer and schedule; `loss` is the whole step's, alike on all ranks."""
-        total = self.accelerator.clip_grad_norm_(self.parameters, self.max_norm)
+        self.accelerator.unscale_gradients(self.stepper)
+        total = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         grad_norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+        if grad_norm > self.max_norm:  # else the pass over all gradients would multiply them by one
+            clip_grads_with_norm_(self.parameters, self.max_norm, total)
         learning_rate = float(self.scheduler.get_last_lr()[0])
         scaler = self.accelerator.scaler
         # An infinite gradient is how fp16's loss scale finds its size: the scaler skips such a step and halves.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -195,7 +198,7 @@ def test_dropout_is_off_where_asked_and_on_where_not(tmp_path):
 
 
 def test_the_model_object_stays_usable(tmp_path):
-    model, tokenizer = make_llama(), make_tokenizer()
+    model, tokenizer = make_llama().eval(), make_tokenizer()
     implementation = model.config._attn_implementation
     pairs = [("the cat", " sat", " ran near"), ("a dog", " sang", " sad")]
     trainer = DPOTrainer(
@@ -204,10 +207,10 @@ def test_the_model_object_stays_usable(tmp_path):
     )  # fmt: skip
     trainer.train()
     assert model.config._attn_implementation == implementation
+    assert not model.training
     model.save_pretrained(tmp_path / "fine-tuned")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "fine-tuned")
     ids = torch.tensor([[3, 4, 5]])
-    model.eval()
     assert torch.equal(model(ids).logits, again(ids).logits)
 
 
@@ -247,3 +250,41 @@ def test_decay_leaves_norms_and_biases_alone(tmp_path):
     by_name = {name: decay[id(p)] for name, p in trainer.model.named_parameters()}
     assert {value for name, value in by_name.items() if "norm" in name} == {0.0}
     assert {value for name, value in by_name.items() if "norm" not in name} == {0.1}
+
+
+def test_gradients_are_clipped_to_the_norm_and_no_further(tmp_path):
+    loose = trained("sft", tmp_path / "loose", max_steps=1, max_grad_norm=0.0)
+    tight = trained("sft", tmp_path / "tight", max_steps=1, max_grad_norm=0.01)
+    for trainer, expected in ((loose, loose.state.log_history[0]["grad_norm"]), (tight, 0.01)):
+        moments = [state["exp_avg"] for state in trainer.updater.optimizer.state.values()]
+        assert torch.nn.utils.get_total_norm(moments).item() == pytest.approx(0.1 * expected, rel=1e-4)
+    assert (
+        loose.state.log_history[0]["grad_norm"] == tight.state.log_history[0]["grad_norm"]
+    )  # before clipping
+
+
+PAGE_FAULTS = """
+import resource, sys
+import torch
+from alignfast.trainers.machine import keep_cpu_memory
+
+if sys.argv[1] == "keep":
+    print(keep_cpu_memory())
+torch.empty(1 << 24).fill_(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(16):
+    torch.empty(1 << 24).fill_(1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_kept_memory_faults_no_more():
+    def run(what):
+        command = [sys.executable, "-c", PAGE_FAULTS, what]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+    left, (kept, faults) = int(run("leave")[0]), run("keep")
+    assert kept == "True"
+    assert left > 16 * 10_000  # 64 MB of 4 kB pages, each time anew
+    assert int(faults) < left / 8
