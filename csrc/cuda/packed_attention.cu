@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(TileShape<T, kWidth>::kThreads)
     };
     float top[2] = {largest[0], largest[1]};
     for_elements<kColumns>(scores, [&](int row, int column, float& score) {
-      score = score_of(problem, score).value;
+      score = score_of(problem, score);
       if (counts(row, column)) top[row / 8] = fmaxf(top[row / 8], score);
     });
     float factor[2], base[2];
