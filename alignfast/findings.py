@@ -89,7 +89,7 @@ def _no_progress(rows: Rows, config: Mapping[str, Any]) -> Iterator[Finding]:
     losses = series(rows, "loss")[1]
     if len(losses) < 5:  # fewer say nothing
         yield Finding(
-            LOOK, f"Only {len(losses)} losses were logged; lower logging_steps to see how training goes."
+            LOOK, f"The log has few losses: {len(losses)}. Lower logging_steps to see how training goes."
         )
         return
     start, end = _ends(losses)

@@ -125,6 +125,21 @@ def test_lora_trains_adapters_alone(tmp_path: Path, model_dir: str) -> None:
     assert not (out / "model.safetensors").exists()
 
 
+def test_samples_before_and_after(tmp_path: Path, model_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    words = ["--model", model_dir, "--train_dataset", pairs_file(tmp_path), "--output_dir", str(out), *QUICK]
+    words += ["--max_steps", "2", "--learning_rate", "0.05"]
+    assert main(["dpo", *words, "--sample_prompts", "3"]) == 0
+    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 0, 0, 2, 2, 2]
+    assert [row["prompt"] for row in rows[:3]] == [row["prompt"] for row in rows[3:]]
+    assert [row["completion"] for row in rows[:3]] != [row["completion"] for row in rows[3:]]
+    assert "step 2" in (out / "report.html").read_text()
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": "the cat"}] * 4)
+    words = ["sft", "--model", model_dir, "--train_dataset", texts, "--sample_prompts", "1", *QUICK]
+    assert "rows with a prompt" in fails(capsys, 1, *words, "--output_dir", str(tmp_path / "other"))
+
+
 def test_print_config_is_a_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as leave:
         main(["dpo", "--model", "somewhere", "--beta", "0.7", "--print_config"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignfast.commands.parser import UsageError, parse_options
+from alignfast.commands.samples import first_prompts, write_samples
 
 if TYPE_CHECKING:
     from alignfast.trainers.loop import Trainer
@@ -45,6 +46,8 @@ class RunOptions:
     """Rank-stabilised LoRA: adapters count alpha / sqrt(r)."""
     use_dora: bool = False
     """Weight-decomposed LoRA."""
+    sample_prompts: int = 0
+    """So many prompts of the held-out rows, or else of the training rows, are answered before and after training."""
     resume: bool = False
     """Go on from the newest complete checkpoint of output_dir."""
 
@@ -84,7 +87,12 @@ def run(command: str, argv: Sequence[str]) -> None:
 
         run_options, config = parse_options(command, argv, RunOptions, SFTConfig)
         trainer = SFTTrainer(args=config, **_parts(run_options))
+    source = run_options.eval_dataset or run_options.train_dataset or run_options.dataset_name
+    samples = first_prompts(source, run_options.sample_prompts)
+    if not run_options.resume:
+        write_samples(trainer, samples)
     trainer.train(resume_from_checkpoint=True if run_options.resume else None)
+    write_samples(trainer, samples)
     _evaluate_at_the_end(trainer)
     trainer.save_model()
     if trainer.accelerator.is_main_process:

@@ -1,0 +1,64 @@
+"""Answers to the same prompts before and after a training, in samples.jsonl of its folder: what the report shows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from alignfast.rollout import Prompt
+    from alignfast.trainers.loop import Trainer
+
+_NEW_TOKENS = 128
+
+
+def first_prompts(source: Any, number: int) -> list[Prompt]:
+    """The first different prompts of a dataset.
+
+    Raises:
+        ValueError: its rows have no prompt.
+    """
+    if not number:
+        return []
+    from alignfast.data import load_rows
+
+    rows = load_rows(source)
+    if "prompt" not in rows[0]:
+        raise ValueError(
+            f"sample_prompts needs rows with a prompt; {rows.name} holds rows of {rows.format!r}"
+        )
+    found = {json.dumps(row["prompt"], sort_keys=True): row["prompt"] for row in rows}
+    return list(found.values())[:number]
+
+
+def write_samples(trainer: Trainer, prompts: list[Prompt]) -> None:
+    """Append the likeliest answers of the model as it is now; of no prompts, nothing.
+
+    Raises:
+        ValueError: the training runs on several ranks, of which none may hold the whole model.
+    """
+    if not prompts:
+        return
+    from alignfast.rollout import generate_texts
+
+    if trainer.accelerator.num_processes > 1:
+        raise ValueError(
+            "sample_prompts is for one process: set it to 0, and use `alignfast generate` afterwards"
+        )
+    model: Any = trainer.model
+    # Plain prompts are trained on as they are, so that they are answered as they are.
+    answers = generate_texts(
+        model.to(trainer.accelerator.device),
+        trainer.processing_class,
+        prompts,
+        chat=False,
+        max_new_tokens=_NEW_TOKENS,
+        temperature=0,
+    )
+    file = Path(trainer.args.folder) / "samples.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w" if trainer.state.global_step == 0 else "a") as lines:
+        for prompt, (text,) in zip(prompts, answers):
+            row = {"step": trainer.state.global_step, "prompt": prompt, "completion": text}
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
