@@ -24,7 +24,7 @@ def run_seeds(number: int, folder: Path, sizes: Sizes, began: float) -> list[Mea
         RuntimeError, ValueError: as `run_seed`.
     """
     cores = _cores()
-    workers = min(number, cores)
+    workers = min(number, 2 * cores)  # three on two cores end sooner than two and then one
     context = multiprocessing.get_context("spawn")  # a forked torch may hang in its threads
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         waiting = [
