@@ -69,7 +69,7 @@ def _scale(model: PreTrainedModel) -> float:
     return float(scale)
 
 
-def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+def _weight_and_bias(module: Any) -> tuple[Tensor, Tensor | None]:
     if hasattr(module, "modules_to_save"):  # PEFT: a head that is trained whole
         active = getattr(module, "active_adapters", None) or []
         if not active or module.disable_adapters:

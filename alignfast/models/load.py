@@ -15,7 +15,7 @@ from alignfast.models.policy import Policy
 
 
 def load_policy(
-    model: str | PreTrainedModel | nn.Module,
+    model: Any,
     *,
     layout: str = "shared",
     backend: str = "auto",

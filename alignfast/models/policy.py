@@ -49,12 +49,10 @@ class Policy(nn.Module):
 
     def __init__(self, model: nn.Module, *, layout: str = "shared", backend: str = "auto") -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model  # transformers' or PEFT's: their attributes are theirs
         self.layout, self.backend = layout, backend
-        if (
-            getattr(model, "active_peft_config", None) is not None
-            and model.active_peft_config.is_prompt_learning
-        ):
+        adapter = getattr(self.model, "active_peft_config", None)
+        if adapter is not None and adapter.is_prompt_learning:
             raise ModelRefused("prompt-learning adapters put tokens of their own before the prompt; use LoRA")
         if self.base.base_model is self.base:
             raise ModelRefused(
@@ -178,7 +176,7 @@ class Policy(nn.Module):
         """
         if self.layout != "padded":
             check_layer_kinds(self.base)
-        vocabulary = self.base.get_input_embeddings().weight.shape[0]
+        vocabulary = int(head_of(self.base).weight_VD.shape[0])
         ids = [(7 * i * i + 3 * i + 2) % vocabulary for i in range(20)]
         prompt, answers = tuple(ids[:7]), (tuple(ids[7:15]), tuple(ids[15:20]))
         tree = Tree(prompt, answers, tuple((True,) * len(answer) for answer in answers))

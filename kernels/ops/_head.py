@@ -82,13 +82,17 @@ class Head:
         self.weight_VD = weight_VD.to(self.compute)  # a copy for 16-bit weights on a CPU alone, made once
         self.bias_V = None if bias_V is None else bias_V.to(self.compute)
         exact = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
-        keep = hidden_TD.dtype if hidden_TD.dtype == torch.bfloat16 and hidden_TD.device.type != "cpu" else exact
+        keep = (
+            hidden_TD.dtype if hidden_TD.dtype == torch.bfloat16 and hidden_TD.device.type != "cpu" else exact
+        )
         self.dhidden_TD = torch.zeros_like(hidden_TD, dtype=keep) if needs[0] else None
         self.dweight_VD = torch.empty_like(weight_VD, dtype=exact) if needs[1] else None
         self.dbias_V = torch.zeros_like(bias_V, dtype=exact) if bias_V is not None and needs[2] else None
         self._touched = False
         # Large enough to lift gradients of a mean over T tokens out of float16's subnormal range
-        self.loss_scale = 2.0 ** max(hidden_TD.shape[0], 1).bit_length() if self.compute == torch.float16 else 1.0
+        self.loss_scale = (
+            2.0 ** max(hidden_TD.shape[0], 1).bit_length() if self.compute == torch.float16 else 1.0
+        )
 
     def project(self, rows: slice | Tensor, out_NV: Tensor) -> None:
         """Logits of some rows, before scale, cap and temperature."""
