@@ -74,20 +74,23 @@ __device__ __forceinline__ Tile find_tile(const Problem& problem, int slot) {
 
 // --- scores ---
 
-__device__ __forceinline__ float score_of(const Problem& problem, float dot) {
-  const float raw = dot * problem.scale;
-  return problem.softcap == 0 ? raw : problem.softcap * tanhf(raw / problem.softcap);
-}
-
-struct Probability {
-  float value, slope;  // slope: of the score by scale * q . k
+struct Score {
+  float value, slope;  // slope: by scale * q . k
 };
 
-// exp(score - lse); without a softcap the score itself is never rounded.
-__device__ __forceinline__ Probability probability_of(const Problem& problem, float dot, float lse) {
-  if (problem.softcap == 0) return {__expf(fmaf(dot, problem.scale, -lse)), 1};
-  const float t = tanhf(dot * problem.scale / problem.softcap);
-  return {__expf(fmaf(problem.softcap, t, -lse)), 1 - t * t};
+// Forward and backward must round alike, so that exp(score - lse) is exactly 1 where there is but one key: __fmul_rn is
+// not drawn into a fused multiply-add with what follows.
+__device__ __forceinline__ Score score_of(const Problem& problem, float dot) {
+  const float raw = __fmul_rn(dot, problem.scale);
+  if (problem.softcap == 0) return {raw, 1};
+  const float t = tanhf(raw / problem.softcap);
+  return {__fmul_rn(t, problem.softcap), 1 - t * t};
+}
+
+// __expf rounds the argument's product with log2(e), which 16-bit results do not show.
+template <typename T>
+__device__ __forceinline__ float exponential(float x) {
+  return sizeof(T) == 4 ? expf(x) : __expf(x);
 }
 
 __device__ __forceinline__ bool sees(const Problem& problem, int query_position, int key_position) {

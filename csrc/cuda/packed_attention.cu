@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(TileShape<T, kWidth>::kThreads)
     };
     float top[2] = {largest[0], largest[1]};
     for_elements<kColumns>(scores, [&](int row, int column, float& score) {
-      score = score_of(problem, score);
+      score = score_of(problem, score).value;
       if (counts(row, column)) top[row / 8] = fmaxf(top[row / 8], score);
     });
     float factor[2], base[2];
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(TileShape<T, kWidth>::kThreads)
       exps[i] *= factor[i];
     }
     for_elements<kColumns>(scores, [&](int row, int column, float& score) {
-      score = counts(row, column) ? __expf(score - base[row / 8]) : 0;
+      score = counts(row, column) ? exponential<T>(score - base[row / 8]) : 0;
       exps[row / 8] += score;
     });
     for_elements<kWidth>(sums, [&](int row, int, float& sum) { sum *= factor[row / 8]; });

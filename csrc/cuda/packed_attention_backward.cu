@@ -96,8 +96,9 @@ __global__ void __launch_bounds__(TileShape<T, kWidth>::kThreads)
         const int row = lane / 4 + i / 2 * 8, column = 8 * n + lane % 4 * 2 + i % 2;
         const bool counts =
             whole || (column < count && sees(problem, tile.position() + warp_row + row, position + column));
-        const Probability p = probability_of(problem, dots[n][i], lse[i / 2]);
-        dots[n][i] = counts ? p.value * (dprobs[n][i] - delta[i / 2]) * p.slope : 0;
+        const Score score = score_of(problem, dots[n][i]);
+        const float p = exponential<T>(score.value - lse[i / 2]);
+        dots[n][i] = counts ? p * (dprobs[n][i] - delta[i / 2]) * score.slope : 0;
       }
     }
     multiply_fragment<T, kWidth, kColumns>(sums, dots, key_tile);
@@ -184,9 +185,10 @@ __global__ void __launch_bounds__(TileShape<T, kWidth>::kThreads)
         const int row = lane / 4 + i / 2 * 8, column = 8 * n + lane % 4 * 2 + i % 2;
         const bool counts =
             whole || (column < count && sees(problem, position + column, tile.position() + warp_row + row));
-        const Probability p = probability_of(problem, dots[n][i], lse[column]);
-        dots[n][i] = counts ? p.value : 0;
-        dprobs[n][i] = counts ? p.value * (dprobs[n][i] - delta[column]) * p.slope : 0;
+        const Score score = score_of(problem, dots[n][i]);
+        const float p = exponential<T>(score.value - lse[column]);
+        dots[n][i] = counts ? p : 0;
+        dprobs[n][i] = counts ? p * (dprobs[n][i] - delta[column]) * score.slope : 0;
       }
     }
     if (kWithValues) multiply_fragment<T, kWidth, kColumns>(value_sums, dots, dout_tile);

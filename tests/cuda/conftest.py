@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +14,6 @@ import emulated_cuda
 
 
 @pytest.fixture(params=["ascending", "descending"])
-def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The kernels in the place of alignfast._cpu; threads and blocks from first to last, and from last to first."""
-    yield emulated_cuda.install(monkeypatch, descending=request.param == "descending")
+    return emulated_cuda.install(monkeypatch, descending=request.param == "descending")

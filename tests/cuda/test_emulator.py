@@ -73,7 +73,9 @@ def test_a_product_is_a_product(emulated: ModuleType) -> None:
     """The tensor-core instructions, loads and transposed loads included, against torch on small integers: exact."""
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.bfloat16, torch.float16):
-        a_MK, b_KN = (torch.randint(-8, 9, size, generator=generator).to(dtype) for size in ((16, 16), (16, 16)))
+        a_MK, b_KN = (
+            torch.randint(-8, 9, size, generator=generator).to(dtype) for size in ((16, 16), (16, 16))
+        )
         c_MN, d_MN = torch.empty(16, 16), torch.empty(16, 16)
         native.launch("product", a_MK, b_KN, b_KN.t().contiguous(), c_MN, d_MN)
         expected = a_MK.float() @ b_KN.float()

@@ -109,6 +109,7 @@ inline uint32_t __float_as_uint(float value) {
 inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, unsigned bits) {
   return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (bits & 31));
 }
+inline float __fmul_rn(float a, float b) { return a * b; }
 using std::isinf;
 using std::isnan;
 inline int min(int a, int b) { return a < b ? a : b; }

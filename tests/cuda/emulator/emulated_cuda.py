@@ -63,7 +63,8 @@ def build() -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     objects = [folder / f"{path.stem}.{os.getpid()}.o" for path in sources()]
     commands = [
-        [compiler, *FLAGS, "-x", "c++", "-c", str(path), "-o", str(to)] for path, to in zip(sources(), objects)
+        [compiler, *FLAGS, "-x", "c++", "-c", str(path), "-o", str(to)]
+        for path, to in zip(sources(), objects)
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(_run, commands))
