@@ -149,8 +149,8 @@ class _Torch:
         for segment in layout.segments:
             own = segment.own
             scores_HQN, _ = _scores(query_HTE[:, own], _seen(key_HTE, segment), segment, options)
-            lse_HT[:, own] = lse_HQ = scores_HQN.logsumexp(-1)
-            out_HTE[:, own] = (scores_HQN - lse_HQ[:, :, None]).exp() @ _seen(value_HTE, segment)
+            lse_HT[:, own] = scores_HQN.logsumexp(-1)
+            out_HTE[:, own] = scores_HQN.softmax(-1) @ _seen(value_HTE, segment)
         return _tokens_first(out_HTE, query_THE.dtype), lse_HT
 
     @staticmethod
@@ -175,7 +175,7 @@ class _Torch:
             own, prompt, prompt_length = segment.own, segment.prompt, segment.prompt_length
             key_HNE = _seen(key_HTE, segment)
             scores_HQN, slope = _scores(query_HTE[:, own], key_HNE, segment, options)
-            p_HQN = (scores_HQN - lse_HT[:, own, None]).exp()
+            p_HQN = scores_HQN.softmax(-1)
             dp_HQN = dout_HTE[:, own] @ _seen(value_HTE, segment).mT
             ds_HQN = p_HQN * (dp_HQN - (p_HQN * dp_HQN).sum(-1, keepdim=True)) * slope
             dquery_HTE[:, own] = ds_HQN @ key_HNE

@@ -107,11 +107,10 @@ def backward(
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dquery_THE, dkey_TKE, dvalue_TKE), summed over the parts in float32."""
+    compute = torch.promote_types(query_THE.dtype, torch.float32)
     inputs = (query_THE, key_TKE, value_TKE)
-    dquery_THE, dkey_TKE, dvalue_TKE = (torch.zeros_like(x, dtype=torch.float32) for x in inputs)
-    if query_THE.shape[0] == 0:
-        return torch.zeros_like(query_THE), torch.zeros_like(key_TKE), torch.zeros_like(value_TKE)
-    for part in parts_of(layout, options.window, query_THE.device):
+    dquery_THE, dkey_TKE, dvalue_TKE = (torch.zeros_like(x, dtype=compute) for x in inputs)
+    for part in parts_of(layout, options.window, query_THE.device) if layout.num_tokens else ():
         queries, keys = part.query_rows, part.key_rows
         dq_THE, dk_NKE, dv_NKE = _attend_backward(
             dout_THE[queries], query_THE[queries], key_TKE[keys], value_TKE[keys], out_THE[queries],
@@ -125,7 +124,7 @@ def backward(
             if isinstance(rows, slice):
                 total += gradient
             else:
-                total.index_add_(0, rows, gradient.float())  # a gathered key row may come several times
+                total.index_add_(0, rows, gradient.to(compute))  # a gathered key row may come several times
     return dquery_THE.to(query_THE.dtype), dkey_TKE.to(key_TKE.dtype), dvalue_TKE.to(value_TKE.dtype)
 
 
