@@ -85,20 +85,16 @@ class PreferenceReport:
         table.add_column("")
         for measure in self.accuracy:
             table.add_column(_TITLES[measure], justify="right")
-            table.add_column("95 %", justify="right")
         for name, measures in {"all": self.accuracy, **self.subsets}.items():
-            cells = [(f"{m.estimate:.3f}", f"{m.low:.3f} to {m.high:.3f}") for m in measures.values()]
-            table.add_row(name, *(text for cell in cells for text in cell))
+            table.add_row(name, *(f"{m.estimate:.3f} ({m.low:.3f}-{m.high:.3f})" for m in measures.values()))
         for name, rates in self.sections.items():
-            table.add_row(
-                f"[b]{name}[/b]", *(text for rate in rates.values() for text in (f"{rate:.3f}", ""))
-            )
-        lines = []
+            table.add_row(name, *(f"{rate:.3f}" for rate in rates.values()), style="bold")
+        lines = ["in brackets 95 % intervals, pairs of one prompt taken together"]
         if self.reference is not None:
             lines.append(f"reference: {self.reference}; mean margin {self.margin:.4f} at beta {self.beta:g}")
         if self.dropped_rows:
             lines.append(f"{self.dropped_rows} rows left out: nothing of an answer was left after cutting")
-        table.caption = "\n".join(lines) or None
+        table.caption = "\n".join(lines)
         return table
 
 

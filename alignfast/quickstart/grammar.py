@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -120,25 +120,21 @@ def _pattern(topic: Topic) -> re.Pattern[str]:
 
 
 def _expressions(sentence: str, topic: Topic, sentiment: str) -> Iterator[str]:
-    """One regular expression for each second thing: its adjective depends on it."""
-    adjectives = words.ADJECTIVES[words.ASPECTS[topic.kind][topic.aspect]][sentiment]
-    for other, kind in words.OTHERS.items() if "{other}" in sentence else [("", "room")]:
-        yield (
-            re.escape(sentence)
-            .replace(r"\{", "{")
-            .replace(r"\}", "}")
-            .format(
-                aspect=topic.aspect,
-                other=other,
-                place=topic.place,
-                adjective=_any(adjectives),
-                second=_any(words.ADJECTIVES[kind][sentiment]),
-                adverb=_any(words.ADVERBS),
-                person=_any(words.PEOPLE),
-                time=_any(words.TIMES),
-            )
+    """One regular expression for each class of second thing: its adjective depends on it."""
+    form = re.escape(sentence).replace(r"\{", "{").replace(r"\}", "}")
+    classes = dict.fromkeys(words.OTHERS.values()) if "{other}" in sentence else ["room"]
+    for kind in classes:
+        yield form.format(
+            aspect=topic.aspect,
+            other=_any([name for name, other_kind in words.OTHERS.items() if other_kind == kind]),
+            place=topic.place,
+            adjective=_any(words.ADJECTIVES[words.ASPECTS[topic.kind][topic.aspect]][sentiment]),
+            second=_any(words.ADJECTIVES[kind][sentiment]),
+            adverb=_any(words.ADVERBS),
+            person=_any(words.PEOPLE),
+            time=_any(words.TIMES),
         )
 
 
-def _any(choices: tuple[str, ...]) -> str:
+def _any(choices: Sequence[str]) -> str:
     return f"(?:{'|'.join(map(re.escape, choices))})"

@@ -60,9 +60,7 @@ def verdict(seeds: Sequence[Measured], before: WinRate, after: WinRate) -> str:
 
 
 def _rates_table(rates: dict[str, tuple[WinRate, WinRate]]) -> Table:
-    table = Table(
-        title="win rate against the fine-tuned model, on held-out questions (ties half)", title_justify="left"
-    )
+    table = Table(title="win rate against the fine-tuned model, held-out questions", title_justify="left")
     table.add_column("")
     for name in ("before", "after"):
         table.add_column(name, justify="right")
