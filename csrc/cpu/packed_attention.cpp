@@ -217,8 +217,8 @@ struct Score {
 };
 ALIGNFAST_INLINE Score score_of(const Problem& problem, F32 product) {
   if (problem.softcap == 0.0f) return {product * problem.scale, splat(problem.scale)};
-  const F32 tanhs = tanh(product * (problem.scale / problem.softcap));
-  return {tanhs * problem.softcap, (1.0f - tanhs * tanhs) * problem.scale};
+  const Tanh capped = tanh_and_slope(product * (problem.scale / problem.softcap));
+  return {capped.value * problem.softcap, capped.slope * problem.scale};
 }
 
 // Products of one row to exp(score - maximum), 0 where masked; returns the maximum so far and adds to the total.

@@ -81,7 +81,10 @@ def textbook(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """One dense masked softmax over the whole row, differentiated by autograd; 16-bit numbers in float32."""
+    """One dense masked softmax over the whole row, differentiated by autograd; 16-bit numbers in float32.
+
+    Only the output is rounded, and saved for the backward as that: so it is in PyTorch's own flash attention too.
+    """
     _, H, E = query_THE.shape
     compute = torch.promote_types(query_THE.dtype, torch.float32)
     query_HTE, key_HTE, value_HTE = (
@@ -92,7 +95,29 @@ def textbook(
     if softcap is not None:
         scores_HTT = softcap * (scores_HTT / softcap).tanh()
     scores_HTT = scores_HTT.masked_fill(~seen(layout, window).to(scores_HTT.device), -torch.inf)
-    return (scores_HTT.softmax(-1) @ value_HTE).transpose(0, 1).to(query_THE.dtype)
+    out_THE = (scores_HTT.softmax(-1) @ value_HTE).transpose(0, 1)
+    if query_THE.dtype == compute:
+        return out_THE
+    return _SavedOutput.apply(out_THE, scores_HTT.logsumexp(-1), query_THE.dtype)
+
+
+class _SavedOutput(torch.autograd.Function):
+    """Rounds the output, and makes the gradient of the scores p * (dp - dout . out) with `out` as it was rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, out_THE: Tensor, lse_HT: Tensor, dtype: torch.dtype) -> Tensor:
+        rounded_THE = out_THE.to(dtype)
+        ctx.save_for_backward(out_THE - rounded_THE)
+        return rounded_THE
+
+    @staticmethod
+    def backward(ctx: Any, dout_THE: Tensor) -> tuple[Tensor, Tensor, None]:
+        (lost_THE,) = ctx.saved_tensors
+        return (
+            dout_THE.float(),
+            (dout_THE * lost_THE).sum(-1).T,
+            None,
+        )  # p is the derivative of the log-sum-exp
 
 
 def conform(
@@ -103,9 +128,9 @@ def conform(
     options: dict[str, Any],
     seed: int = 0,
 ) -> None:
-    """Hold a backend to the definition on these leaves; for few tokens the crowd are eight times the heads."""
+    """Hold a backend to the definition on these leaves; the crowd are more heads, to 20,000 numbers if they are few."""
     (T, H, E), K = leaves[0].shape, leaves[1].shape[1]
-    times = 8 if T < 64 else 1
+    times = min(64, 1 + 20_000 // (1 + T * H * E))
     others = [x.to(device) for x in inputs(T, (times * H, times * K, E), leaves[0].dtype, seed=seed + 1)]
     others[0] *= leaves[0].float().std().nan_to_num(1.0)
 
