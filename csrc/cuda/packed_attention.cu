@@ -23,7 +23,7 @@ __device__ __forceinline__ float quad_sum(float x) {
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(TileShape<T, kWidth>::kThreads)
     forward_kernel(Problem problem, HeadRows<const T> query, HeadRows<const T> key, HeadRows<const T> value,
-                   HeadRows<T> out, float* lse_HT) {
+                   HeadRows<T> out, double* lse_HT) {
   using Shape = TileShape<T, kWidth>;
   constexpr int kRows = Shape::kRows, kColumns = Shape::kColumns, kStride = Shape::kStride;
   const int head = blockIdx.x % problem.num_heads;
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(TileShape<T, kWidth>::kThreads)
   for (int i = 0; i < 2; ++i) {
     const int row = lane / 4 + 8 * i;
     if (lane % 4 == 0 && row < rows) {
-      lse_HT[static_cast<int64_t>(head) * problem.num_tokens + token + row] = largest[i] + logf(total[i]);
+      lse_HT[static_cast<int64_t>(head) * problem.num_tokens + token + row] = largest[i] + log(static_cast<double>(total[i]));
     }
   }
 }
@@ -101,7 +101,7 @@ static void packed_attention_forward(Tensor<3> query, Tensor<3> key, Tensor<3> v
     launch("packed_attention_forward", forward_kernel<T, kWidth>,
            num_slots<Shape::kRows>(problem.num_tokens, problem.num_segments) * problem.num_heads, Shape::kThreads,
            shared_bytes, stream, problem, rows_of<const T>(query), rows_of<const T>(key), rows_of<const T>(value),
-           rows_of<T>(out), static_cast<float*>(lse_HT.data));
+           rows_of<T>(out), static_cast<double*>(lse_HT.data));
   });
 }
 ALIGNFAST_EXPORT(packed_attention_forward)

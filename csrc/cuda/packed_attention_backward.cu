@@ -16,9 +16,20 @@ namespace {
 template <typename T>
 struct Backward {
   HeadRows<const T> query, key, value, out, dout;
-  const float* lse_HT;
+  const double* lse_HT;
   float* delta_HT;
 };
+
+// A row's log-sum-exp in two floats: one float rounds it by more than a softmax of float32 errs.
+__device__ __forceinline__ float2 in_two_floats(double lse) {
+  const float high = static_cast<float>(lse);
+  return make_float2(high, static_cast<float>(lse - high));
+}
+// exp(score - lse). Products of 16-bit numbers do not show the second float.
+template <typename T>
+__device__ __forceinline__ float probability(float score, float2 lse) {
+  return exponential<T>(sizeof(T) == 4 ? score - lse.x - lse.y : score - lse.x);
+}
 
 // delta of a tile's rows, by the product that gives dout . v too: so the difference of the two is exactly 0 where one
 // key has all the probability. The outputs pass through the memory of the key and the value tile.
@@ -65,12 +76,13 @@ __global__ void __launch_bounds__(TileShape<T, kWidth>::kThreads)
   load_tile<T, kWidth, kRows>(dout_tile, in.dout, tile.token(), tile.rows, head, problem.width, problem.vectors_fit);
   find_delta<T, kWidth>(problem, in, tile, head, dout_tile, key_tile, delta_of_rows);
   const int64_t row_of_head = static_cast<int64_t>(head) * problem.num_tokens + tile.token();
-  float lse[2] = {0, 0}, delta[2] = {0, 0};
+  float2 lse[2] = {};
+  float delta[2] = {0, 0};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = warp_row + lane / 4 + 8 * i;
     if (row >= tile.rows) continue;
-    lse[i] = in.lse_HT[row_of_head + row];
+    lse[i] = in_two_floats(in.lse_HT[row_of_head + row]);
     delta[i] = delta_of_rows[row];
     if (lane % 4 == 0) in.delta_HT[row_of_head + row] = delta[i];
   }
@@ -97,7 +109,7 @@ __global__ void __launch_bounds__(TileShape<T, kWidth>::kThreads)
         const bool counts =
             whole || (column < count && sees(problem, tile.position() + warp_row + row, position + column));
         const Score score = score_of(problem, dots[n][i]);
-        const float p = exponential<T>(score.value - lse[i / 2]);
+        const float p = probability<T>(score.value, lse[i / 2]);
         dots[n][i] = counts ? p * (dprobs[n][i] - delta[i / 2]) * score.slope : 0;
       }
     }
@@ -150,8 +162,8 @@ __global__ void __launch_bounds__(TileShape<T, kWidth>::kThreads)
   T* value_tile = key_tile + kRows * kStride;
   T* query_tile = value_tile + kRows * kStride;
   T* dout_tile = query_tile + kColumns * kStride;
-  float* lse = reinterpret_cast<float*>(dout_tile + kColumns * kStride);
-  float* delta = lse + kColumns;
+  float2* lse = reinterpret_cast<float2*>(dout_tile + kColumns * kStride);
+  float* delta = reinterpret_cast<float*>(lse + kColumns);
   const int lane = threadIdx.x % kWarpSize, warp_row = threadIdx.x / kWarpSize * kWarpRows;
   load_tile<T, kWidth, kRows>(key_tile, in.key, tile.token(), tile.rows, key_head, problem.width, problem.vectors_fit);
   load_tile<T, kWidth, kRows>(value_tile, in.value, tile.token(), tile.rows, key_head, problem.width,
@@ -167,7 +179,7 @@ __global__ void __launch_bounds__(TileShape<T, kWidth>::kThreads)
     const int thread = threadIdx.x;
     if (thread < count) {
       const int64_t row = static_cast<int64_t>(head) * problem.num_tokens + token + thread;
-      lse[thread] = in.lse_HT[row];
+      lse[thread] = in_two_floats(in.lse_HT[row]);
       delta[thread] = in.delta_HT[row];
     }
     __syncthreads();
@@ -186,7 +198,7 @@ __global__ void __launch_bounds__(TileShape<T, kWidth>::kThreads)
         const bool counts =
             whole || (column < count && sees(problem, position + column, tile.position() + warp_row + row));
         const Score score = score_of(problem, dots[n][i]);
-        const float p = exponential<T>(score.value - lse[column]);
+        const float p = probability<T>(score.value, lse[column]);
         dots[n][i] = counts ? p : 0;
         dprobs[n][i] = counts ? p * (dprobs[n][i] - delta[column]) * score.slope : 0;
       }
@@ -214,7 +226,7 @@ __global__ void __launch_bounds__(TileShape<T, kWidth>::kThreads)
 
 }  // namespace
 
-// delta_HT is workspace, of lse_HT's shape; both are contiguous float32.
+// lse_HT is float64; delta_HT is workspace of its shape in float32; both are contiguous.
 static void packed_attention_backward(Tensor<3> dout, Tensor<3> query, Tensor<3> key, Tensor<3> value, Tensor<3> out,
                                       Tensor<2> lse_HT, Tensor<2> segments_S4, double scale, int64_t window,
                                       double softcap, Tensor<2> delta_HT, Tensor<3> dquery, Tensor<3> dkey,
@@ -226,7 +238,7 @@ static void packed_attention_backward(Tensor<3> dout, Tensor<3> query, Tensor<3>
     constexpr int kWidth = width;
     using Shape = TileShape<T, kWidth>;
     const Backward<T> inputs = {rows_of<const T>(query), rows_of<const T>(key), rows_of<const T>(value),
-                                rows_of<const T>(out), rows_of<const T>(dout), static_cast<const float*>(lse_HT.data),
+                                rows_of<const T>(out), rows_of<const T>(dout), static_cast<const double*>(lse_HT.data),
                                 static_cast<float*>(delta_HT.data)};
     const int64_t slots = num_slots<Shape::kRows>(problem.num_tokens, problem.num_segments);
     const size_t tiles = 2 * (Shape::kRows + Shape::kColumns) * Shape::kStride * sizeof(T);
@@ -234,7 +246,7 @@ static void packed_attention_backward(Tensor<3> dout, Tensor<3> query, Tensor<3>
            Shape::kThreads, tiles + Shape::kRows * sizeof(float), stream, problem, inputs, rows_of<T>(dquery));
     const auto keys = [&](auto kernel) {
       launch("packed_attention_backward: dkey, dvalue", kernel, slots * problem.num_key_heads, Shape::kThreads,
-             tiles + 2 * Shape::kColumns * sizeof(float), stream, problem, inputs, rows_of<T>(dkey),
+             tiles + 3 * Shape::kColumns * sizeof(float), stream, problem, inputs, rows_of<T>(dkey),
              rows_of<T>(dvalue));
     };
     if constexpr (kWidth <= 128) {

@@ -106,7 +106,11 @@ class _PackedAttention(torch.autograd.Function):
         options: AttentionOptions,
         implementation: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Returns (out_THE, lse_HT), the log-sum-exp of each query's scores in float32 (float64 for float64)."""
+        """Returns (out_THE, lse_HT), the log-sum-exp of each query's scores, which is for the backward alone.
+
+        Compiled code has it in float64: exp(score - lse) is as exact as a softmax only where lse is not rounded
+        to float32: a score of 40 nats is rounded by 2e-6, and with it all probabilities of its row.
+        """
         return implementation.forward(query_THE, key_TKE, value_TKE, layout, options)
 
     @staticmethod
@@ -258,7 +262,7 @@ class _Native:
 
 def _empty_outputs(query_THE: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     T, H, _E = query_THE.shape
-    return query_THE.new_empty(query_THE.shape), query_THE.new_empty((H, T), dtype=torch.float32)
+    return query_THE.new_empty(query_THE.shape), query_THE.new_empty((H, T), dtype=torch.float64)
 
 
 def _empty_gradients(_: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -292,7 +296,8 @@ def _native_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     gradients = _empty_gradients(*tensors)
     arguments = (*tensors, segments_S4.to(query_THE.device), scale, window, softcap)
     if query_THE.device.type == "cuda":
-        launch("packed_attention_backward", *arguments, torch.empty_like(lse_HT), *gradients)
+        delta_HT = torch.empty_like(lse_HT, dtype=torch.float32)
+        launch("packed_attention_backward", *arguments, delta_HT, *gradients)
         return gradients
     num_slabs = torch.empty(1, dtype=torch.int64)
     launch("packed_attention_slabs", query_THE, key_TKE, segments_S4, window, num_slabs)

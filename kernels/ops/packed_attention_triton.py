@@ -32,7 +32,7 @@ _WIDEST = 256  # of a head
 def forward(
     query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, layout: PackedLayout, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
-    """(out_THE, lse_HT), the log-sum-exps in float32.
+    """(out_THE, lse_HT), the log-sum-exps in float64 for float32 queries, in float32 for others.
 
     Raises:
         RuntimeError: the heads are wider than 256.
@@ -45,7 +45,9 @@ def forward(
         )
     query_THE, key_TKE, value_TKE = (_unit_columns(x) for x in (query_THE, key_TKE, value_TKE))
     out_THE = torch.empty((T, H, E), dtype=query_THE.dtype, device=device)
-    lse_HT = torch.empty((H, T), dtype=torch.float32, device=device)
+    # 16-bit products do not show what float32 rounds off, and float64 costs their kernels registers
+    lse_dtype = torch.float64 if query_THE.dtype == torch.float32 else torch.float32
+    lse_HT = torch.empty((H, T), dtype=lse_dtype, device=device)
     if T:
         sizes, tile = _sizes("forward", query_THE, key_TKE, options)
         tiles_N5 = query_tiles(layout, sizes["G"], tile.rows, device)
@@ -74,7 +76,7 @@ def backward(
     T, device = query_THE.shape[0], query_THE.device
     if T == 0:
         return dquery_THE, dkey_TKE, dvalue_TKE
-    delta_HT = torch.empty_like(lse_HT)
+    delta_HT = torch.empty_like(lse_HT, dtype=torch.float32)
     strides = _strides(*inputs)
 
     sizes, tile = _sizes("dquery", query_THE, key_TKE, options)
@@ -262,12 +264,30 @@ def _forward_kernel(
         start, prompt_start, prompt_length, scale, softcap, window, E, KEYS, True, WINDOW, SOFTCAP, WIDEN,
     )  # fmt: skip
     _store(out_ptr, (rows * K * G + heads) * E, exists, columns, acc / total[:, None], E)
-    tl.store(lse_ptr + heads.to(tl.int64) * T + rows, (m + tl.log2(total)) * LN2, mask=exists)
+    precise = lse_ptr.dtype.element_ty
+    lse = (m.to(precise) + tl.log2(total.to(precise))) * LN2
+    tl.store(lse_ptr + heads.to(tl.int64) * T + rows, lse, mask=exists)
+
+
+@triton.jit
+def _in_two_floats(lse):
+    """A log-sum-exp in units of log 2. Of float64, one float would round off more than a softmax in float32 errs."""
+    lse *= LOG2E
+    high = lse.to(tl.float32)
+    return high, (lse - high).to(tl.float32)
+
+
+@triton.jit
+def _probability(s, lse, lse_rest, dtype: tl.constexpr):
+    s -= lse
+    if dtype == tl.float32:  # for others it is 0
+        s -= lse_rest
+    return tl.exp2(s)
 
 
 @triton.jit
 def _dquery_walk(
-    dq, q, dout, lse, delta, positions, k_ptr, v_ptr, k_stride, v_stride, columns, low, high, limit,
+    dq, q, dout, lse, lse_rest, delta, positions, k_ptr, v_ptr, k_stride, v_stride, columns, low, high, limit,
     start, prompt_start, prompt_length, scale, softcap, window,
     E: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -279,7 +299,7 @@ def _dquery_walk(
         s, slope = _scores(q, k, scale, softcap, SOFTCAP, WIDEN)
         if MASKED:
             s += _unseen(positions, v, inside, window, WINDOW)
-        p = tl.exp2(s - lse[:, None])
+        p = _probability(s, lse[:, None], lse_rest[:, None], q.dtype)
         dp = _dot(dout, tl.trans(value), None, WIDEN)
         ds = p * (dp - delta[:, None]) * slope
         dq = _dot(ds.to(k.dtype), k, dq, WIDEN)
@@ -310,15 +330,15 @@ def _dquery_kernel(
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     at = heads.to(tl.int64) * T + rows
     tl.store(delta_ptr + at, delta, mask=exists)
-    lse = tl.load(lse_ptr + at, mask=exists, other=0.0) * LOG2E
+    lse, lse_rest = _in_two_floats(tl.load(lse_ptr + at, mask=exists, other=0.0))
     dq = tl.zeros([ROWS, EP], tl.float32)
     if not WINDOW:
         dq = _dquery_walk(
-            dq, q, dout, lse, delta, positions, k_ptr, v_ptr, k_stride, v_stride, columns, low, full, high,
+            dq, q, dout, lse, lse_rest, delta, positions, k_ptr, v_ptr, k_stride, v_stride, columns, low, full, high,
             start, prompt_start, prompt_length, scale, softcap, window, E, KEYS, False, WINDOW, SOFTCAP, WIDEN,
         )  # fmt: skip
     dq = _dquery_walk(
-        dq, q, dout, lse, delta, positions, k_ptr, v_ptr, k_stride, v_stride, columns, full, high, high,
+        dq, q, dout, lse, lse_rest, delta, positions, k_ptr, v_ptr, k_stride, v_stride, columns, full, high, high,
         start, prompt_start, prompt_length, scale, softcap, window, E, KEYS, True, WINDOW, SOFTCAP, WIDEN,
     )  # fmt: skip
     _store(dq_ptr, packed, exists, columns, dq * scale, E)
@@ -339,10 +359,10 @@ def _dkey_walk(
         q = _load(q_ptr, rows * q_stride + heads * q_head_stride, inside, columns, E)
         dout = _load(dout_ptr, rows * dout_stride + heads * dout_head_stride, inside, columns, E)
         at = heads.to(tl.int64) * T + rows
-        lse = tl.load(lse_ptr + at, mask=inside, other=0.0) * LOG2E
+        lse, lse_rest = _in_two_floats(tl.load(lse_ptr + at, mask=inside, other=0.0))
         delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
         s, slope = _scores(k, q, scale, softcap, SOFTCAP, WIDEN)
-        p = tl.exp2(s - lse[None, :])
+        p = _probability(s, lse[None, :], lse_rest[None, :], q.dtype)
         if MASKED:
             p = tl.where(keys[:, None] <= rows[None, :], p, 0.0)
         if WINDOW:

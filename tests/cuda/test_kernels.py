@@ -203,11 +203,7 @@ def any_layout(draw: st.DrawFn) -> PackedLayout:
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_attention(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, data: st.DataObject) -> None:
-    """Any small layout, heads and options, in either order of threads: twice as wrong as the same sums in PyTorch.
-
-    Scores are up to a few nats wide: the backward pass is handed log-sum-exps in float32, and beyond 16 these are
-    rounded to 1e-6, which PyTorch's own softmax, that keeps its probabilities, does not see.
-    """
+    """Any small layout, heads and options, in either order of threads: twice as wrong as the same sums in PyTorch."""
     emulated_cuda.install(monkeypatch, descending=data.draw(st.booleans(), "descending"))
     layout = data.draw(any_layout(), "layout")
     K, group, E = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 70))
@@ -215,7 +211,7 @@ def test_any_attention(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, data
         "window": data.draw(st.none() | st.integers(1, 80), "window"),
         "softcap": data.draw(st.sampled_from([None, 2.0]), "softcap"),
     }
-    seed, spread = data.draw(st.integers(0, 2**20)), data.draw(st.sampled_from([0.1, 1.0, 3.0]), "spread")
+    seed, spread = data.draw(st.integers(0, 2**20)), data.draw(st.sampled_from([0.1, 1.0, 10.0]), "spread")
 
     def case(heads: int) -> c.Case:
         peer = a.textbook if dtype == torch.float32 else by_tensor_cores
@@ -228,4 +224,4 @@ def test_any_attention(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, data
         )
 
     run = lambda *x: packed_attention(*x, layout, backend="native", **options)  # noqa: E731
-    c.conform(run, case(1), crowd=case(8), seed=seed)
+    c.conform(run, case(1), crowd=case(a.crowd_of(layout.num_tokens, K * group, E)), seed=seed)

@@ -120,6 +120,11 @@ class _SavedOutput(torch.autograd.Function):
         )  # p is the derivative of the log-sum-exp
 
 
+def crowd_of(T: int, H: int, E: int) -> int:
+    """How many times the heads make a crowd: a few small ones say little of how large PyTorch's errors are."""
+    return min(64, 1 + 20_000 // (1 + T * H * E))
+
+
 def conform(
     backend: str,
     device: str,
@@ -128,11 +133,11 @@ def conform(
     options: dict[str, Any],
     seed: int = 0,
 ) -> None:
-    """Hold a backend to the definition on these leaves; the crowd are more heads, to 20,000 numbers if they are few."""
+    """Hold a backend to the definition on these leaves; the crowd are more heads."""
     (T, H, E), K = leaves[0].shape, leaves[1].shape[1]
-    times = min(64, 1 + 20_000 // (1 + T * H * E))
+    times = crowd_of(T, H, E)
     others = [x.to(device) for x in inputs(T, (times * H, times * K, E), leaves[0].dtype, seed=seed + 1)]
-    others[0] *= leaves[0].float().std().nan_to_num(1.0)
+    others[0] *= leaves[0].float().square().mean().sqrt().nan_to_num(1.0)
 
     def by(backend: str) -> c.Run:
         return lambda *x: packed_attention(*x, layout, backend=backend, **options)

@@ -406,7 +406,7 @@ def hold_any_input(backend: str, device: str, data: st.DataObject, longest: int)
 @pytest.mark.parametrize(("backend", "device"), c.backends_for("packed_attention", only=c.COMPILED))
 @given(data=st.data())
 def test_any_input(backend: str, device: str, data: st.DataObject) -> None:
-    hold_any_input(backend, device, data, longest=20)
+    hold_any_input(backend, device, data, longest=40)
 
 
 @pytest.mark.parametrize(("backend", "device"), c.backends_for("packed_attention", only=c.INTERPRETED))
