@@ -25,7 +25,7 @@
 namespace alignfast {
 
 // The types of _native.py's DTYPES.
-enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt64 = 3, kInt32 = 4, kBool = 5, kFloat64 = 6 };
+enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt64 = 3, kInt32 = 4, kBool = 5 };
 
 // A torch tensor of N dimensions as it is; Python sends 2 + 2 N integers.
 template <int N>

@@ -114,7 +114,7 @@ struct Workspace {
   Matrix key, value, dkey, dvalue;    // a block's keys x width
   Matrix key_columns, value_columns;  // width x a block's keys
   float *maximum, *total;             // a part's rows: of the scores, and of their exponentials
-  float *lse, *lse_rest, *delta;      // a part's rows: the log-sum-exp in two floats, and dout . out
+  float *inverse, *delta;             // a part's rows: 1 over the total, and dout . out
   float* memory;
 };
 
@@ -138,8 +138,8 @@ Workspace make_workspace(const Problem& problem) {
       rows_of(space.value, kBlockKeys, padded),        rows_of(space.dkey, kBlockKeys, padded),
       rows_of(space.dvalue, kBlockKeys, padded),       rows_of(space.key_columns, padded, kBlockKeys),
       rows_of(space.value_columns, padded, kBlockKeys), {&space.maximum, part_rows},
-      {&space.total, part_rows},                       {&space.lse, part_rows},
-      {&space.lse_rest, part_rows},                    {&space.delta, part_rows},
+      {&space.total, part_rows},                       {&space.inverse, part_rows},
+      {&space.delta, part_rows},
   };
   int64_t floats = 0;
   for (const Piece& piece : pieces) floats += (piece.floats + 15) / 16 * 16;
@@ -252,7 +252,7 @@ void exponentials(const Problem& problem, Span keys, int64_t padded_keys, float*
 
 // Products of one row of queries (scores) and of one row of dout (dscores) to the probabilities and the gradient of
 // the raw products, 0 where masked.
-void gradients(const Problem& problem, Span keys, int64_t padded_keys, float lse, float lse_rest, float delta,
+void gradients(const Problem& problem, Span keys, int64_t padded_keys, float maximum, float inverse, float delta,
                float* scores, float* dscores) {
   for (int64_t n = 0; n < padded_keys; n += kLanes) {
     if (n + kLanes <= keys.begin || n >= keys.end) {
@@ -261,7 +261,7 @@ void gradients(const Problem& problem, Span keys, int64_t padded_keys, float lse
       continue;
     }
     const Score score = score_of(problem, load(scores + n));
-    const F32 p = probability(score.value - lse - lse_rest);
+    const F32 p = probability(score.value - maximum) * inverse;
     store(scores + n, where(n, keys, p, 0.0f));
     store(dscores + n, where(n, keys, p * (load(dscores + n) - delta) * score.slope, 0.0f));
   }
@@ -306,7 +306,7 @@ void visit_blocks(const Problem& problem, const Plan& plan, const Tree& tree, co
 
 struct Tensors {
   Heads query, key, value, out, dout, dquery, dkey, dvalue;
-  double* lse;   // heads x tokens
+  float* norms;  // heads x tokens x 2: p = exp(score - norms[0]) * norms[1]
   float* slabs;  // slabs x 2 x tokens x key heads x width: partial dkey and dvalue
   int64_t num_tokens;
 };
@@ -354,7 +354,9 @@ void forward_part(const Problem& problem, const Tensors& tensors, const Plan& pl
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t token = start + r / group, head = key_head * group + r % group;
     store_row(problem, space.accumulator.at(r, 0), 1.0f / space.total[r], tensors.out, token, head);
-    tensors.lse[head * tensors.num_tokens + token] = space.maximum[r] + log((double)space.total[r]);
+    float* norms = tensors.norms + 2 * (head * tensors.num_tokens + token);
+    norms[0] = space.maximum[r];
+    norms[1] = 1.0f / space.total[r];
   }
 }
 
@@ -370,9 +372,9 @@ void backward_part(const Problem& problem, const Tensors& tensors, const Plan& p
   dot_rows(space.dout, space.accumulator, rows, padded, space.delta);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t token = start + r / group, head = key_head * group + r % group;
-    const double lse = tensors.lse[head * tensors.num_tokens + token];
-    space.lse[r] = (float)lse;
-    space.lse_rest[r] = (float)(lse - space.lse[r]);
+    const float* norms = tensors.norms + 2 * (head * tensors.num_tokens + token);
+    space.maximum[r] = norms[0];
+    space.inverse[r] = norms[1];
   }
   clear(space.accumulator, rows);
   visit_blocks(problem, plan, tree, part, [&](const Block& block, int64_t first_tile, int64_t end_tile) {
@@ -390,7 +392,7 @@ void backward_part(const Problem& problem, const Tensors& tensors, const Plan& p
       dot_products(pair, problem.width, kScoreDepth, query, space.key_columns, space.scores);
       dot_products(pair, problem.width, kGradientDepth, dout, space.value_columns, space.dscores);
       for (int64_t r = 0; r < pair.rows(); ++r) {
-        gradients(problem, pair.keys_of({r, r + 1}), block.keys, space.lse[at + r], space.lse_rest[at + r],
+        gradients(problem, pair.keys_of({r, r + 1}), block.keys, space.maximum[at + r], space.inverse[at + r],
                   space.delta[at + r], space.scores.at(r, 0), space.dscores.at(r, 0));
       }
       add_weighted_rows(pair, padded, space.scores, dout, space.dvalue);
@@ -506,13 +508,13 @@ Problem problem_of(const Tensor<3>& query, const Tensor<3>& key, const Tensor<2>
 }  // namespace
 
 static void packed_attention_forward(Tensor<3> query, Tensor<3> key, Tensor<3> value, Tensor<2> segments, double scale,
-                                     int64_t window, double softcap, Tensor<3> out, Tensor<2> lse, int64_t threads) {
+                                     int64_t window, double softcap, Tensor<3> out, Tensor<3> norms, int64_t threads) {
   Tensors tensors = {};
   tensors.query = heads_of(query);
   tensors.key = heads_of(key);
   tensors.value = heads_of(value);
   tensors.out = heads_of(out);
-  tensors.lse = (double*)lse.data;
+  tensors.norms = (float*)norms.data;
   tensors.num_tokens = query.sizes[0];
   run_forward(problem_of(query, key, segments, scale, window, softcap), tensors, threads);
 }
@@ -526,12 +528,12 @@ static void packed_attention_slabs(Tensor<3> query, Tensor<3> key, Tensor<2> seg
 }
 // There may be no slabs where one suffices and the gradients are float32.
 static void packed_attention_backward(Tensor<3> dout, Tensor<3> query, Tensor<3> key, Tensor<3> value, Tensor<3> out,
-                                      Tensor<2> lse, Tensor<2> segments, double scale, int64_t window, double softcap,
+                                      Tensor<3> norms, Tensor<2> segments, double scale, int64_t window, double softcap,
                                       Tensor<5> slabs, Tensor<3> dquery, Tensor<3> dkey, Tensor<3> dvalue,
                                       int64_t threads) {
   const Tensors tensors = {heads_of(query),  heads_of(key),    heads_of(value), heads_of(out),
                            heads_of(dout),   heads_of(dquery), heads_of(dkey),  heads_of(dvalue),
-                           (double*)lse.data, slabs.sizes[0] ? (float*)slabs.data : nullptr,
+                           (float*)norms.data, slabs.sizes[0] ? (float*)slabs.data : nullptr,
                            query.sizes[0]};
   run_backward(problem_of(query, key, segments, scale, window, softcap), tensors, larger(1, slabs.sizes[0]), threads);
 }

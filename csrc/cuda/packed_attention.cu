@@ -3,7 +3,7 @@
 //
 // A block owns a tile of queries and walks the keys of its prompt and of its own segment in one online softmax.
 //
-// I/O: reads queries once and, for each tile of queries, the keys and values that it sees; writes out and lse once.
+// I/O: reads queries once and, for each tile of queries, the keys and values that it sees; writes out and norms once.
 //
 // Letters: T tokens, H query heads, K key heads, E head width.
 #include "attention_problem.cuh"
@@ -20,10 +20,17 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(kWholeWarp, x, 2);
 }
 
+// What the backward makes probabilities from: p = exp(score - x) * y. Adding the logarithm of the total would round it
+// by more than a softmax of float32 errs; products of 16-bit numbers do not show that.
+template <typename T>
+__device__ __forceinline__ float2 norms_of(float largest, float total) {
+  return sizeof(T) == 4 ? make_float2(largest, 1 / total) : make_float2(largest + logf(total), 1);
+}
+
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(TileShape<T, kWidth>::kThreads)
     forward_kernel(Problem problem, HeadRows<const T> query, HeadRows<const T> key, HeadRows<const T> value,
-                   HeadRows<T> out, double* lse_HT) {
+                   HeadRows<T> out, float2* norms_HT) {
   using Shape = TileShape<T, kWidth>;
   constexpr int kRows = Shape::kRows, kColumns = Shape::kColumns, kStride = Shape::kStride;
   const int head = blockIdx.x % problem.num_heads;
@@ -82,7 +89,7 @@ __global__ void __launch_bounds__(TileShape<T, kWidth>::kThreads)
   for (int i = 0; i < 2; ++i) {
     const int row = lane / 4 + 8 * i;
     if (lane % 4 == 0 && row < rows) {
-      lse_HT[static_cast<int64_t>(head) * problem.num_tokens + token + row] = largest[i] + log(static_cast<double>(total[i]));
+      norms_HT[static_cast<int64_t>(head) * problem.num_tokens + token + row] = norms_of<T>(largest[i], total[i]);
     }
   }
 }
@@ -90,7 +97,7 @@ __global__ void __launch_bounds__(TileShape<T, kWidth>::kThreads)
 }  // namespace
 
 static void packed_attention_forward(Tensor<3> query, Tensor<3> key, Tensor<3> value, Tensor<2> segments_S4,
-                                     double scale, int64_t window, double softcap, Tensor<3> out, Tensor<2> lse_HT,
+                                     double scale, int64_t window, double softcap, Tensor<3> out, Tensor<3> norms_HT2,
                                      void* stream) {
   const Problem problem = problem_of(query, key, value, segments_S4, scale, window, softcap);
   with_kernel(query.dtype, problem.width, [&](auto zero, auto width) {
@@ -101,7 +108,7 @@ static void packed_attention_forward(Tensor<3> query, Tensor<3> key, Tensor<3> v
     launch("packed_attention_forward", forward_kernel<T, kWidth>,
            num_slots<Shape::kRows>(problem.num_tokens, problem.num_segments) * problem.num_heads, Shape::kThreads,
            shared_bytes, stream, problem, rows_of<const T>(query), rows_of<const T>(key), rows_of<const T>(value),
-           rows_of<T>(out), static_cast<double*>(lse_HT.data));
+           rows_of<T>(out), static_cast<float2*>(norms_HT2.data));
   });
 }
 ALIGNFAST_EXPORT(packed_attention_forward)

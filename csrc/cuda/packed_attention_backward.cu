@@ -4,7 +4,7 @@
 // for dkey and dvalue it owns a tile of keys and walks the queries that read them: of its own segment and, from a
 // prompt, of its answers. Nothing is added by atomics: the same input gives the same bits.
 //
-//     p_ij = exp(score_ij - lse_i)    dscore_ij = p_ij (dout_i . v_j - delta_i)    delta_i = dout_i . out_i
+//     p_ij = exp(score_ij - base_i) factor_i    dscore_ij = p_ij (dout_i . v_j - delta_i)    delta_i = dout_i . out_i
 //
 // Letters: T tokens, H query heads, K key heads, E head width.
 #include "attention_problem.cuh"
@@ -16,19 +16,15 @@ namespace {
 template <typename T>
 struct Backward {
   HeadRows<const T> query, key, value, out, dout;
-  const double* lse_HT;
+  const float2* norms_HT;  // p = exp(score - x) * y
   float* delta_HT;
 };
 
-// A row's log-sum-exp in two floats: one float rounds it by more than a softmax of float32 errs.
-__device__ __forceinline__ float2 in_two_floats(double lse) {
-  const float high = static_cast<float>(lse);
-  return make_float2(high, static_cast<float>(lse - high));
-}
-// exp(score - lse). Products of 16-bit numbers do not show the second float.
+// norms.y is 1 for 16-bit queries.
 template <typename T>
-__device__ __forceinline__ float probability(float score, float2 lse) {
-  return exponential<T>(sizeof(T) == 4 ? score - lse.x - lse.y : score - lse.x);
+__device__ __forceinline__ float probability(float score, float2 norms) {
+  const float p = exponential<T>(score - norms.x);
+  return sizeof(T) == 4 ? p * norms.y : p;
 }
 
 // delta of a tile's rows, by the product that gives dout . v too: so the difference of the two is exactly 0 where one
@@ -76,13 +72,13 @@ __global__ void __launch_bounds__(TileShape<T, kWidth>::kThreads)
   load_tile<T, kWidth, kRows>(dout_tile, in.dout, tile.token(), tile.rows, head, problem.width, problem.vectors_fit);
   find_delta<T, kWidth>(problem, in, tile, head, dout_tile, key_tile, delta_of_rows);
   const int64_t row_of_head = static_cast<int64_t>(head) * problem.num_tokens + tile.token();
-  float2 lse[2] = {};
+  float2 norms[2] = {};
   float delta[2] = {0, 0};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = warp_row + lane / 4 + 8 * i;
     if (row >= tile.rows) continue;
-    lse[i] = in_two_floats(in.lse_HT[row_of_head + row]);
+    norms[i] = in.norms_HT[row_of_head + row];
     delta[i] = delta_of_rows[row];
     if (lane % 4 == 0) in.delta_HT[row_of_head + row] = delta[i];
   }
@@ -109,7 +105,7 @@ __global__ void __launch_bounds__(TileShape<T, kWidth>::kThreads)
         const bool counts =
             whole || (column < count && sees(problem, tile.position() + warp_row + row, position + column));
         const Score score = score_of(problem, dots[n][i]);
-        const float p = probability<T>(score.value, lse[i / 2]);
+        const float p = probability<T>(score.value, norms[i / 2]);
         dots[n][i] = counts ? p * (dprobs[n][i] - delta[i / 2]) * score.slope : 0;
       }
     }
@@ -162,8 +158,8 @@ __global__ void __launch_bounds__(TileShape<T, kWidth>::kThreads)
   T* value_tile = key_tile + kRows * kStride;
   T* query_tile = value_tile + kRows * kStride;
   T* dout_tile = query_tile + kColumns * kStride;
-  float2* lse = reinterpret_cast<float2*>(dout_tile + kColumns * kStride);
-  float* delta = reinterpret_cast<float*>(lse + kColumns);
+  float2* norms = reinterpret_cast<float2*>(dout_tile + kColumns * kStride);
+  float* delta = reinterpret_cast<float*>(norms + kColumns);
   const int lane = threadIdx.x % kWarpSize, warp_row = threadIdx.x / kWarpSize * kWarpRows;
   load_tile<T, kWidth, kRows>(key_tile, in.key, tile.token(), tile.rows, key_head, problem.width, problem.vectors_fit);
   load_tile<T, kWidth, kRows>(value_tile, in.value, tile.token(), tile.rows, key_head, problem.width,
@@ -179,7 +175,7 @@ __global__ void __launch_bounds__(TileShape<T, kWidth>::kThreads)
     const int thread = threadIdx.x;
     if (thread < count) {
       const int64_t row = static_cast<int64_t>(head) * problem.num_tokens + token + thread;
-      lse[thread] = in_two_floats(in.lse_HT[row]);
+      norms[thread] = in.norms_HT[row];
       delta[thread] = in.delta_HT[row];
     }
     __syncthreads();
@@ -198,7 +194,7 @@ __global__ void __launch_bounds__(TileShape<T, kWidth>::kThreads)
         const bool counts =
             whole || (column < count && sees(problem, position + column, tile.position() + warp_row + row));
         const Score score = score_of(problem, dots[n][i]);
-        const float p = probability<T>(score.value, lse[column]);
+        const float p = probability<T>(score.value, norms[column]);
         dots[n][i] = counts ? p : 0;
         dprobs[n][i] = counts ? p * (dprobs[n][i] - delta[column]) * score.slope : 0;
       }
@@ -226,9 +222,9 @@ __global__ void __launch_bounds__(TileShape<T, kWidth>::kThreads)
 
 }  // namespace
 
-// lse_HT is float64; delta_HT is workspace of its shape in float32; both are contiguous.
+// norms_HT2 and delta_HT, which is workspace, are contiguous float32.
 static void packed_attention_backward(Tensor<3> dout, Tensor<3> query, Tensor<3> key, Tensor<3> value, Tensor<3> out,
-                                      Tensor<2> lse_HT, Tensor<2> segments_S4, double scale, int64_t window,
+                                      Tensor<3> norms_HT2, Tensor<2> segments_S4, double scale, int64_t window,
                                       double softcap, Tensor<2> delta_HT, Tensor<3> dquery, Tensor<3> dkey,
                                       Tensor<3> dvalue, void* stream) {
   Problem problem = problem_of(query, key, value, segments_S4, scale, window, softcap);
@@ -238,7 +234,7 @@ static void packed_attention_backward(Tensor<3> dout, Tensor<3> query, Tensor<3>
     constexpr int kWidth = width;
     using Shape = TileShape<T, kWidth>;
     const Backward<T> inputs = {rows_of<const T>(query), rows_of<const T>(key), rows_of<const T>(value),
-                                rows_of<const T>(out), rows_of<const T>(dout), static_cast<const double*>(lse_HT.data),
+                                rows_of<const T>(out), rows_of<const T>(dout), static_cast<const float2*>(norms_HT2.data),
                                 static_cast<float*>(delta_HT.data)};
     const int64_t slots = num_slots<Shape::kRows>(problem.num_tokens, problem.num_segments);
     const size_t tiles = 2 * (Shape::kRows + Shape::kColumns) * Shape::kStride * sizeof(T);

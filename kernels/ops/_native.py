@@ -34,7 +34,6 @@ DTYPES = {
     torch.int64: 3,
     torch.int32: 4,
     torch.bool: 5,
-    torch.float64: 6,
 }
 _LIBRARY = torch.library.Library("alignfast", "DEF")
 _F = TypeVar("_F", bound=Callable[..., Any])

@@ -106,10 +106,11 @@ class _PackedAttention(torch.autograd.Function):
         options: AttentionOptions,
         implementation: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Returns (out_THE, lse_HT), the log-sum-exp of each query's scores, which is for the backward alone.
+        """Returns the output, and what the implementation's backward makes the probabilities from.
 
-        Compiled code has it in float64: exp(score - lse) is as exact as a softmax only where lse is not rounded
-        to float32: a score of 40 nats is rounded by 2e-6, and with it all probabilities of its row.
+        Flash attention has one log-sum-exp a query for it. Ours have norms_HT2, two numbers a query with which
+        p = exp(score - base) * factor: the largest score and 1 over the sum of exponentials. A log-sum-exp of 40
+        nats, being one number, is rounded by 2e-6, and with it all probabilities of its row.
         """
         return implementation.forward(query_THE, key_TKE, value_TKE, layout, options)
 
@@ -147,15 +148,16 @@ class _Torch:
     ) -> tuple[Tensor, Tensor]:
         if flash.takes(query_THE, options):
             return flash.forward(query_THE, key_TKE, value_TKE, layout, options)
-        T, H, _ = query_THE.shape
+        H = query_THE.shape[1]
         query_HTE, key_HTE, value_HTE = (_heads_first(x, H) for x in (query_THE, key_TKE, value_TKE))
-        out_HTE, lse_HT = torch.empty_like(query_HTE), query_HTE.new_empty((H, T))
+        out_HTE = torch.empty_like(query_HTE)
         for segment in layout.segments:
             own = segment.own
             scores_HQN, _ = _scores(query_HTE[:, own], _seen(key_HTE, segment), segment, options)
-            lse_HT[:, own] = scores_HQN.logsumexp(-1)
             out_HTE[:, own] = scores_HQN.softmax(-1) @ _seen(value_HTE, segment)
-        return _tokens_first(out_HTE, query_THE.dtype), lse_HT
+        return _tokens_first(out_HTE, query_THE.dtype), query_THE.new_empty(
+            0
+        )  # the backward computes all anew
 
     @staticmethod
     def backward(
@@ -164,12 +166,14 @@ class _Torch:
         key_TKE: Tensor,
         value_TKE: Tensor,
         out_THE: Tensor,
-        lse_HT: Tensor,
+        norms_HT2: Tensor,
         layout: PackedLayout,
         options: AttentionOptions,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if flash.takes(query_THE, options):
-            return flash.backward(dout_THE, query_THE, key_TKE, value_TKE, out_THE, lse_HT, layout, options)
+            return flash.backward(
+                dout_THE, query_THE, key_TKE, value_TKE, out_THE, norms_HT2, layout, options
+            )
         H, K = query_THE.shape[1], key_TKE.shape[1]
         dout_HTE, query_HTE, key_HTE, value_HTE = (
             _heads_first(x, H) for x in (dout_THE, query_THE, key_TKE, value_TKE)
@@ -251,18 +255,18 @@ class _Native:
         key_TKE: Tensor,
         value_TKE: Tensor,
         out_THE: Tensor,
-        lse_HT: Tensor,
+        norms_HT2: Tensor,
         layout: PackedLayout,
         options: AttentionOptions,
     ) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.alignfast.packed_attention_backward(
-            dout_THE, query_THE, key_TKE, value_TKE, out_THE, lse_HT, layout.segments_S4, *options
+            dout_THE, query_THE, key_TKE, value_TKE, out_THE, norms_HT2, layout.segments_S4, *options
         )
 
 
 def _empty_outputs(query_THE: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     T, H, _E = query_THE.shape
-    return query_THE.new_empty(query_THE.shape), query_THE.new_empty((H, T), dtype=torch.float64)
+    return query_THE.new_empty(query_THE.shape), query_THE.new_empty((H, T, 2), dtype=torch.float32)
 
 
 def _empty_gradients(_: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -285,18 +289,18 @@ def _native_forward(
 
 
 @native_op(
-    "packed_attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+    "packed_attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor norms, "
     "Tensor segments, float scale, int window, float softcap) -> (Tensor, Tensor, Tensor)",
     fake=_empty_gradients,
 )
 def _native_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, segments_S4, scale, window, softcap = inputs
     tensors = [unit_columns(x) for x in tensors]
-    _, query_THE, key_TKE, _, _, lse_HT = tensors
+    _, query_THE, key_TKE, _, _, norms_HT2 = tensors
     gradients = _empty_gradients(*tensors)
     arguments = (*tensors, segments_S4.to(query_THE.device), scale, window, softcap)
     if query_THE.device.type == "cuda":
-        delta_HT = torch.empty_like(lse_HT, dtype=torch.float32)
+        delta_HT = norms_HT2.new_empty(norms_HT2.shape[:2])
         launch("packed_attention_backward", *arguments, delta_HT, *gradients)
         return gradients
     num_slabs = torch.empty(1, dtype=torch.int64)

@@ -32,7 +32,7 @@ _WIDEST = 256  # of a head
 def forward(
     query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, layout: PackedLayout, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
-    """(out_THE, lse_HT), the log-sum-exps in float64 for float32 queries, in float32 for others.
+    """(out_THE, norms_HT2): the numbers of each query with which p = exp2(score - base) * factor.
 
     Raises:
         RuntimeError: the heads are wider than 256.
@@ -45,17 +45,15 @@ def forward(
         )
     query_THE, key_TKE, value_TKE = (_unit_columns(x) for x in (query_THE, key_TKE, value_TKE))
     out_THE = torch.empty((T, H, E), dtype=query_THE.dtype, device=device)
-    # 16-bit products do not show what float32 rounds off, and float64 costs their kernels registers
-    lse_dtype = torch.float64 if query_THE.dtype == torch.float32 else torch.float32
-    lse_HT = torch.empty((H, T), dtype=lse_dtype, device=device)
+    norms_HT2 = torch.empty((H, T, 2), dtype=torch.float32, device=device)
     if T:
         sizes, tile = _sizes("forward", query_THE, key_TKE, options)
         tiles_N5 = query_tiles(layout, sizes["G"], tile.rows, device)
         _forward_kernel[(len(tiles_N5) * sizes["K"],)](
-            query_THE, key_TKE, value_TKE, out_THE, lse_HT, tiles_N5,
+            query_THE, key_TKE, value_TKE, out_THE, norms_HT2, tiles_N5,
             *_strides(query_THE, key_TKE, value_TKE), T, *options, **sizes,
         )  # fmt: skip
-    return out_THE, lse_HT
+    return out_THE, norms_HT2
 
 
 def backward(
@@ -64,7 +62,7 @@ def backward(
     key_TKE: Tensor,
     value_TKE: Tensor,
     out_THE: Tensor,
-    lse_HT: Tensor,
+    norms_HT2: Tensor,
     layout: PackedLayout,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,19 +74,29 @@ def backward(
     T, device = query_THE.shape[0], query_THE.device
     if T == 0:
         return dquery_THE, dkey_TKE, dvalue_TKE
-    delta_HT = torch.empty_like(lse_HT, dtype=torch.float32)
+    delta_HT = norms_HT2.new_empty(norms_HT2.shape[:2])
     strides = _strides(*inputs)
 
     sizes, tile = _sizes("dquery", query_THE, key_TKE, options)
     tiles_N5 = query_tiles(layout, sizes["G"], tile.rows, device)
     _dquery_kernel[(len(tiles_N5) * sizes["K"],)](
-        *inputs, out_THE, lse_HT, delta_HT, dquery_THE, tiles_N5, *strides, T, *options, **sizes
+        *inputs, out_THE, norms_HT2, delta_HT, dquery_THE, tiles_N5, *strides, T, *options, **sizes
     )
     sizes, tile = _sizes("dkey", query_THE, key_TKE, options)
     tiles_N3 = key_tiles(layout, tile.keys, options.window, device)
     positions_T = positions(layout, device) if options.window else tiles_N3  # not read without a window
     _dkey_kernel[(len(tiles_N3) * sizes["K"],)](
-        *inputs, lse_HT, delta_HT, positions_T, dkey_TKE, dvalue_TKE, tiles_N3, *strides, T, *options, **sizes
+        *inputs,
+        norms_HT2,
+        delta_HT,
+        positions_T,
+        dkey_TKE,
+        dvalue_TKE,
+        tiles_N3,
+        *strides,
+        T,
+        *options,
+        **sizes,
     )
     return dquery_THE, dkey_TKE, dvalue_TKE
 
@@ -237,7 +245,7 @@ def _attend(
 
 @triton.jit(do_not_specialize=["T", "window"])
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, norms_ptr, tiles_ptr,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, T, scale, window, softcap,
     K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, WIDEN: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -264,30 +272,36 @@ def _forward_kernel(
         start, prompt_start, prompt_length, scale, softcap, window, E, KEYS, True, WINDOW, SOFTCAP, WIDEN,
     )  # fmt: skip
     _store(out_ptr, (rows * K * G + heads) * E, exists, columns, acc / total[:, None], E)
-    precise = lse_ptr.dtype.element_ty
-    lse = (m.to(precise) + tl.log2(total.to(precise))) * LN2
-    tl.store(lse_ptr + heads.to(tl.int64) * T + rows, lse, mask=exists)
+    norms = norms_ptr + 2 * (heads.to(tl.int64) * T + rows)
+    if q.dtype == tl.float32:
+        tl.store(norms, m, mask=exists)
+        tl.store(norms + 1, 1.0 / total, mask=exists)
+    else:  # products of 16-bit numbers do not show what adding rounds off
+        tl.store(norms, m + tl.log2(total), mask=exists)
+        tl.store(norms + 1, 1.0, mask=exists)
 
 
 @triton.jit
-def _in_two_floats(lse):
-    """A log-sum-exp in units of log 2. Of float64, one float would round off more than a softmax in float32 errs."""
-    lse *= LOG2E
-    high = lse.to(tl.float32)
-    return high, (lse - high).to(tl.float32)
+def _norms(norms_ptr, at, exists, dtype: tl.constexpr):
+    """Base and factor. The factor of 16-bit queries is 1, and not read."""
+    base = tl.load(norms_ptr + 2 * at, mask=exists, other=0.0)
+    factor = base
+    if dtype == tl.float32:
+        factor = tl.load(norms_ptr + 2 * at + 1, mask=exists, other=0.0)
+    return base, factor
 
 
 @triton.jit
-def _probability(s, lse, lse_rest, dtype: tl.constexpr):
-    s -= lse
-    if dtype == tl.float32:  # for others it is 0
-        s -= lse_rest
-    return tl.exp2(s)
+def _probability(s, base, factor, dtype: tl.constexpr):
+    p = tl.exp2(s - base)
+    if dtype == tl.float32:
+        p *= factor
+    return p
 
 
 @triton.jit
 def _dquery_walk(
-    dq, q, dout, lse, lse_rest, delta, positions, k_ptr, v_ptr, k_stride, v_stride, columns, low, high, limit,
+    dq, q, dout, base, factor, delta, positions, k_ptr, v_ptr, k_stride, v_stride, columns, low, high, limit,
     start, prompt_start, prompt_length, scale, softcap, window,
     E: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -299,7 +313,7 @@ def _dquery_walk(
         s, slope = _scores(q, k, scale, softcap, SOFTCAP, WIDEN)
         if MASKED:
             s += _unseen(positions, v, inside, window, WINDOW)
-        p = _probability(s, lse[:, None], lse_rest[:, None], q.dtype)
+        p = _probability(s, base[:, None], factor[:, None], q.dtype)
         dp = _dot(dout, tl.trans(value), None, WIDEN)
         ds = p * (dp - delta[:, None]) * slope
         dq = _dot(ds.to(k.dtype), k, dq, WIDEN)
@@ -308,7 +322,7 @@ def _dquery_walk(
 
 @triton.jit(do_not_specialize=["T", "window"])
 def _dquery_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, delta_ptr, dq_ptr, tiles_ptr,
+    dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, norms_ptr, delta_ptr, dq_ptr, tiles_ptr,
     dout_stride, dout_head_stride, q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
     T, scale, window, softcap,
     K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, WINDOW: tl.constexpr,
@@ -330,15 +344,15 @@ def _dquery_kernel(
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     at = heads.to(tl.int64) * T + rows
     tl.store(delta_ptr + at, delta, mask=exists)
-    lse, lse_rest = _in_two_floats(tl.load(lse_ptr + at, mask=exists, other=0.0))
+    base, factor = _norms(norms_ptr, at, exists, q.dtype)
     dq = tl.zeros([ROWS, EP], tl.float32)
     if not WINDOW:
         dq = _dquery_walk(
-            dq, q, dout, lse, lse_rest, delta, positions, k_ptr, v_ptr, k_stride, v_stride, columns, low, full, high,
+            dq, q, dout, base, factor, delta, positions, k_ptr, v_ptr, k_stride, v_stride, columns, low, full, high,
             start, prompt_start, prompt_length, scale, softcap, window, E, KEYS, False, WINDOW, SOFTCAP, WIDEN,
         )  # fmt: skip
     dq = _dquery_walk(
-        dq, q, dout, lse, lse_rest, delta, positions, k_ptr, v_ptr, k_stride, v_stride, columns, full, high, high,
+        dq, q, dout, base, factor, delta, positions, k_ptr, v_ptr, k_stride, v_stride, columns, full, high, high,
         start, prompt_start, prompt_length, scale, softcap, window, E, KEYS, True, WINDOW, SOFTCAP, WIDEN,
     )  # fmt: skip
     _store(dq_ptr, packed, exists, columns, dq * scale, E)
@@ -346,7 +360,7 @@ def _dquery_kernel(
 
 @triton.jit
 def _dkey_walk(
-    dk, dv, k, value, keys, positions, dout_ptr, q_ptr, lse_ptr, delta_ptr, positions_ptr, dout_stride,
+    dk, dv, k, value, keys, positions, dout_ptr, q_ptr, norms_ptr, delta_ptr, positions_ptr, dout_stride,
     dout_head_stride, q_stride, q_head_stride, T, columns, low, high, limit, scale, softcap, window,
     G: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, WIDEN: tl.constexpr,
@@ -359,10 +373,10 @@ def _dkey_walk(
         q = _load(q_ptr, rows * q_stride + heads * q_head_stride, inside, columns, E)
         dout = _load(dout_ptr, rows * dout_stride + heads * dout_head_stride, inside, columns, E)
         at = heads.to(tl.int64) * T + rows
-        lse, lse_rest = _in_two_floats(tl.load(lse_ptr + at, mask=inside, other=0.0))
+        base, factor = _norms(norms_ptr, at, inside, q.dtype)
         delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
         s, slope = _scores(k, q, scale, softcap, SOFTCAP, WIDEN)
-        p = _probability(s, lse[None, :], lse_rest[None, :], q.dtype)
+        p = _probability(s, base[None, :], factor[None, :], q.dtype)
         if MASKED:
             p = tl.where(keys[:, None] <= rows[None, :], p, 0.0)
         if WINDOW:
@@ -377,7 +391,7 @@ def _dkey_walk(
 
 @triton.jit(do_not_specialize=["T", "window"], do_not_specialize_on_alignment=["positions_ptr"])
 def _dkey_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, positions_ptr, dk_ptr, dv_ptr, tiles_ptr,
+    dout_ptr, q_ptr, k_ptr, v_ptr, norms_ptr, delta_ptr, positions_ptr, dk_ptr, dv_ptr, tiles_ptr,
     dout_stride, dout_head_stride, q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
     T, scale, window, softcap,
     K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, WINDOW: tl.constexpr,
@@ -398,19 +412,19 @@ def _dkey_kernel(
         positions = tl.load(positions_ptr + keys, mask=exists, other=0)
     q_ptr += head * G * q_head_stride
     dout_ptr += head * G * dout_head_stride
-    lse_ptr += (head * G).to(tl.int64) * T
+    norms_ptr += (head * G).to(tl.int64) * T * 2
     delta_ptr += (head * G).to(tl.int64) * T
     dk = tl.zeros([KEYS, EP], tl.float32)
     dv = tl.zeros([KEYS, EP], tl.float32)
     limit = seen_until * G
     diagonal = tl.minimum((first + KEYS) * G, limit)
     dk, dv = _dkey_walk(
-        dk, dv, k, value, keys, positions, dout_ptr, q_ptr, lse_ptr, delta_ptr, positions_ptr, dout_stride,
+        dk, dv, k, value, keys, positions, dout_ptr, q_ptr, norms_ptr, delta_ptr, positions_ptr, dout_stride,
         dout_head_stride, q_stride, q_head_stride, T, columns, first * G, diagonal, limit, scale, softcap, window,
         G, E, ROWS, True, WINDOW, SOFTCAP, WIDEN,
     )  # fmt: skip
     dk, dv = _dkey_walk(
-        dk, dv, k, value, keys, positions, dout_ptr, q_ptr, lse_ptr, delta_ptr, positions_ptr, dout_stride,
+        dk, dv, k, value, keys, positions, dout_ptr, q_ptr, norms_ptr, delta_ptr, positions_ptr, dout_stride,
         dout_head_stride, q_stride, q_head_stride, T, columns, diagonal, limit, limit, scale, softcap, window,
         G, E, ROWS, False, WINDOW, SOFTCAP, WIDEN,
     )  # fmt: skip

@@ -274,11 +274,11 @@ def test_native_ops_are_registered_right(backend: str, device: str, dtype: torch
     layout = SMALL["shared"]
     leaves = [x.to(device) for x in inputs(layout.num_tokens, (4, 2, 16), dtype)]
     arguments = (layout.segments_S4, *AttentionOptions(0.25, 5, 2.0))
-    out_THE, lse_HT = torch.ops.alignfast.packed_attention_forward(*leaves, *arguments)
+    out_THE, norms_HT2 = torch.ops.alignfast.packed_attention_forward(*leaves, *arguments)
     torch.library.opcheck(torch.ops.alignfast.packed_attention_forward, (*leaves, *arguments))
     torch.library.opcheck(
         torch.ops.alignfast.packed_attention_backward,
-        (torch.ones_like(out_THE), *leaves, out_THE, lse_HT, *arguments),
+        (torch.ones_like(out_THE), *leaves, out_THE, norms_HT2, *arguments),
     )
 
 

@@ -25,7 +25,6 @@ from triton.runtime.jit import JITFunction
 
 _TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",
-    torch.float64: "*fp64",
 }  # fmt: skip
 
 
@@ -139,8 +138,8 @@ def _packed_attention(
     layout = PackedLayout((tokens // 2,), ((tokens - tokens // 2,),))
     options = AttentionOptions(0.1, window, softcap)
     q_THE, k_TKE = _meta(tokens, 32, width, dtype=dtype), _meta(tokens, 8, width, dtype=dtype)
-    out_THE, lse_HT = packed_attention_triton.forward(q_THE, k_TKE, k_TKE, layout, options)
-    packed_attention_triton.backward(q_THE, q_THE, k_TKE, k_TKE, out_THE, lse_HT, layout, options)
+    out_THE, norms_HT2 = packed_attention_triton.forward(q_THE, k_TKE, k_TKE, layout, options)
+    packed_attention_triton.backward(q_THE, q_THE, k_TKE, k_TKE, out_THE, norms_HT2, layout, options)
 
 
 if __name__ == "__main__":

@@ -118,8 +118,9 @@ def _as_on_cuda(launch: Any) -> Any:
             count.fill_(1)
             return
         if function == "packed_attention_backward":
-            lse_HT: Tensor = arguments[5]
-            arguments = (*arguments[:10], torch.full_like(lse_HT, torch.nan), *arguments[11:])
+            norms_HT2: Tensor = arguments[5]
+            delta_HT = torch.full(norms_HT2.shape[:2], torch.nan)
+            arguments = (*arguments[:10], delta_HT, *arguments[11:])
         launch(function, *arguments)
 
     return launch_on_cuda
