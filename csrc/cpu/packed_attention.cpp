@@ -80,6 +80,14 @@ void add_row(int64_t width, const float* from, float* to) {
   for (; e < width; ++e) to[e] += from[e];
 }
 
+void write_row(int64_t width, const float* from, float* to, bool add) {
+  if (add) {
+    add_row(width, from, to);
+  } else {
+    memcpy(to, from, width * sizeof(float));
+  }
+}
+
 void clear(Matrix matrix, int64_t rows) { memset(matrix.data, 0, rows * matrix.stride * sizeof(float)); }
 
 void transpose(Matrix from, int64_t rows, int64_t columns, Matrix to) {
@@ -360,9 +368,9 @@ void forward_part(const Problem& problem, const Tensors& tensors, const Plan& pl
   }
 }
 
-// Adds to dkey and dvalue (float32), writes dquery.
+// Writes dquery; writes dkey and dvalue (float32), or adds to them.
 void backward_part(const Problem& problem, const Tensors& tensors, const Plan& plan, const Tree& tree,
-                   const Part& part, int64_t key_head, const Heads& dkey, const Heads& dvalue,
+                   const Part& part, int64_t key_head, const Heads& dkey, const Heads& dvalue, bool add,
                    const Workspace& space) {
   const int64_t group = problem.group(), padded = problem.padded_width(), rows = part.tokens * group;
   const int64_t start = plan.tiles[part.first_tile].start;
@@ -401,8 +409,8 @@ void backward_part(const Problem& problem, const Tensors& tensors, const Plan& p
     }
     for (int64_t k = 0; k < block.keys; ++k) {
       const int64_t at = (block.start + k) * dkey.token_stride + key_head * dkey.head_stride;
-      add_row(problem.width, space.dkey.at(k, 0), (float*)dkey.data + at);
-      add_row(problem.width, space.dvalue.at(k, 0), (float*)dvalue.data + at);
+      write_row(problem.width, space.dkey.at(k, 0), (float*)dkey.data + at, add);
+      write_row(problem.width, space.dvalue.at(k, 0), (float*)dvalue.data + at, add);
     }
   });
   for (int64_t r = 0; r < rows; ++r) {
@@ -440,13 +448,16 @@ Heads partial(const Problem& problem, const Tensors& tensors, int64_t slab, int6
 void backward_share(const Problem& problem, const Tensors& tensors, const Plan& plan, const Share& share,
                     int64_t key_head, const Workspace& space) {
   const Heads dkey = partial(problem, tensors, share.slab, 0), dvalue = partial(problem, tensors, share.slab, 1);
-  for (int64_t token = share.tree->start; token < share.tree->start + share.tree->tokens; ++token) {
+  const Tree& tree = *share.tree;
+  // A tree's only part sees every key once, and writes it; others add, and a share of none leaves zeros.
+  const bool add = tree.end_part - tree.first_part > 1 || share.first_part == share.end_part;
+  for (int64_t token = tree.start; add && token < tree.start + tree.tokens; ++token) {
     const int64_t at = token * dkey.token_stride + key_head * dkey.head_stride;
     memset((float*)dkey.data + at, 0, problem.width * sizeof(float));
     memset((float*)dvalue.data + at, 0, problem.width * sizeof(float));
   }
   for (int64_t part = share.first_part; part < share.end_part; ++part) {
-    backward_part(problem, tensors, plan, *share.tree, plan.parts[part], key_head, dkey, dvalue, space);
+    backward_part(problem, tensors, plan, tree, plan.parts[part], key_head, dkey, dvalue, add, space);
   }
 }
 

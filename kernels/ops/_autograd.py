@@ -22,7 +22,8 @@ def only_once(
         gradients: computes them from the inputs; None where one is not needed.
         inputs: all that they depend on: the upstream gradient and the saved tensors.
     """
-    if torch.compiler.is_compiling():  # a compiled graph refuses second derivatives by itself
+    # What is not recorded can't be differentiated; a compiled graph refuses second derivatives by itself.
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return gradients(*inputs)
     return _Once.apply(op, gradients, *inputs)
 
