@@ -103,19 +103,14 @@ def run(command: str, argv: Sequence[str]) -> None:
 
 
 def _evaluate_at_the_end(trainer: Trainer) -> None:
-    """Held-out figures of the final model, in metrics.jsonl too, unless the last step brought them."""
+    """Held-out figures of the final model, unless the last step brought them."""
     step = trainer.state.global_step
     known = any(
         row["step"] == step and any(name.startswith("eval_") for name in row)
         for row in trainer.state.log_history
     )
-    if known or not trainer.eval_data:
-        return
-    metrics = trainer.evaluate()
-    if trainer.accelerator.is_main_process:
-        from alignfast.trainers.metrics import MetricsFile
-
-        MetricsFile(trainer.args.folder, step).write({"step": step, **metrics})
+    if trainer.eval_data and not known:
+        trainer.evaluate()
 
 
 def _parts(options: RunOptions) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def proportion(hit_N: ArrayLike, cluster_N: Sequence[Hashable] | None = None) ->
     """Share of true values with its Wilson interval.
 
     Args:
-        hit_N: truth values, at least one.
+        hit_N: truth values, at least one; a tie counts 0.5.
         cluster_N: which rows belong together, e.g. those of one prompt; None takes all as independent.
 
     Raises:

@@ -58,7 +58,7 @@ class RunLog:
     def _close(self) -> None:
         if self._trackers is not None:
             self._trackers.finish()
-        self._file = self._trackers = None
+        self._trackers = None  # metrics.jsonl still takes what evaluate() gives after the run
 
     def step_done(self, step: int, tokens: int, seconds: float) -> None:
         """A step is over: it trained on so many tokens and took so long."""

@@ -24,6 +24,7 @@ from alignfast.kernels._autograd import only_once
 from alignfast.kernels._backend import native_refusal, register, resolve, triton_refusal
 from alignfast.kernels._native import launch, native_op, unit_columns
 from alignfast.kernels._targets import check_targets, outside
+from alignfast.kernels._workspace import fresh_like
 
 STATS = ("logps", "lse", "entropy", "mean_logit", "is_top1", "sum_sq_probs")
 LOGPS, LSE, ENTROPY, MEAN_LOGIT, IS_TOP1, SUM_SQ_PROBS = range(6)
@@ -138,7 +139,7 @@ class _RowStats(torch.autograd.Function):
         def gradients(
             dstats_KT: Tensor, logits_TV: Tensor, targets_T: Tensor, stats_KT: Tensor
         ) -> tuple[Tensor]:
-            dlogits_TV = torch.empty_like(logits_TV, memory_format=torch.contiguous_format)
+            dlogits_TV = fresh_like(logits_TV)
             implementation.backward(logits_TV, targets_T, stats_KT, dstats_KT, options, dlogits_TV)
             return (dlogits_TV,)
 
