@@ -24,7 +24,7 @@ TUNED = {
     "MALLOC_TRIM_THRESHOLD_": "20000000000",
     "MALLOC_TOP_PAD_": "1000000000",
 }
-STEPS = {"tiny": 20, "135m": 8, "long": 4}
+STEPS = {"tiny": 20, "135m": 20, "long": 8}
 SAME_LOSS = 1e-4
 _RESULTS: dict[tuple[str, str, str], dict[str, Any]] = {}
 
