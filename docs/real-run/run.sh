@@ -9,7 +9,7 @@ stage() { # output file, then the command that writes it
   "$@"
 }
 train() { # trainer, config, output folder
-  if ls -d "$3"/checkpoint-* >/dev/null 2>&1; then resume="--resume true"; else resume=""; fi
+  if ls -d "$3"/checkpoints/step-* >/dev/null 2>&1; then resume="--resume true"; else resume=""; fi
   stage "$3/adapter_model.safetensors" alignfast "$1" --config "$configs/$2" $resume
 }
 stage base_perplexity.json alignfast eval --model smollm2 --dataset gsm8k/eval.jsonl --output base_perplexity.json

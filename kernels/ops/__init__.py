@@ -1,6 +1,7 @@
 """The ops: each one file, one contract, proven equal on every backend. Installed as `alignfast.kernels`."""
 
 from alignfast.kernels._backend import report
+from alignfast.kernels.gae import gae
 from alignfast.kernels.linear_loss import Stats, linear_loss
 from alignfast.kernels.linear_token_logps import linear_token_logps
 from alignfast.kernels.packed_attention import PackedLayout, packed_attention
@@ -10,6 +11,7 @@ from alignfast.kernels.token_logps import token_logps
 __all__ = [
     "PackedLayout",
     "Stats",
+    "gae",
     "linear_loss",
     "linear_token_logps",
     "packed_attention",

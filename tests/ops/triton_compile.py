@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 
 _TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",
+    torch.uint8: "*u8",
 }  # fmt: skip
 
 
@@ -93,6 +94,7 @@ def catch(op: str, dtype: torch.dtype, tokens: int, **options: Any) -> list[Laun
             "token_logps": _token_logps,
             "preference_loss": _preference_loss,
             "packed_attention": _packed_attention,
+            "gae": _gae,
         }[op](dtype, tokens, **options)
     finally:
         JITFunction.run = run
@@ -121,6 +123,14 @@ def _preference_loss(dtype: torch.dtype, tokens: int) -> None:
         preference_loss_triton.forward(
             _meta(tokens), _meta(2 * pairs + 1, dtype=torch.int64), _meta(pairs), _meta(pairs), code, 0.1, 0.0
         )
+
+
+def _gae(dtype: torch.dtype, tokens: int) -> None:
+    from alignfast.kernels import gae_triton
+
+    rows_BL, mask_BL = _meta(32, tokens), _meta(32, tokens, dtype=torch.bool)
+    for decays in (False, True):
+        gae_triton.forward(rows_BL, rows_BL, mask_BL, _meta(32), 1.0, 0.95, decays, rows_BL, rows_BL)
 
 
 def _packed_attention(

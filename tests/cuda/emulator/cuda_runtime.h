@@ -89,6 +89,11 @@ T shuffle(unsigned mask, T value, int source, int line) {
 
 #define __shfl_sync(mask, value, source) ::emulator::shuffle(mask, value, source, __LINE__)
 #define __shfl_xor_sync(mask, value, bits) ::emulator::shuffle(mask, value, ::emulator::lane() ^ (bits), __LINE__)
+// Past the last lane a lane gets its own value, as on the card.
+#define __shfl_down_sync(mask, value, distance)                                                               \
+  ::emulator::shuffle(mask, value,                                                                            \
+                      ::emulator::lane() + (distance) < 32 ? ::emulator::lane() + (distance) : ::emulator::lane(), \
+                      __LINE__)
 
 // --- arithmetic ---
 
