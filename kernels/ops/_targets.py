@@ -46,7 +46,13 @@ def check_targets(targets_T: Tensor, num_classes: int, ignore_index: int) -> Non
 
 
 def bad_targets_seen(device: torch.device) -> bool:
-    """Whether a target outside the vocabulary came by on this GPU since the last call. Waits for the device."""
+    """Whether a target outside the vocabulary came by on this GPU since the last call. Waits for the device.
+
+    Args:
+        device: a GPU; without an index, as accelerate names it, the current one.
+    """
+    if device.type == "cuda" and device.index is None:  # a tensor's device always has its index
+        device = torch.device("cuda", torch.cuda.current_device())
     flag = _FLAGS.get(device)
     if flag is None:
         return False

@@ -152,6 +152,15 @@ def test_target_outside_the_vocabulary(backend: str, device: str, target: int) -
     assert not _targets.bad_targets_seen(logps_T.device)
 
 
+def test_the_flag_is_found_without_a_devices_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate calls it `cuda`, every tensor `cuda:1`."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(_targets, "_FLAGS", {torch.device("cuda:1"): torch.tensor(True)})
+    assert not _targets.bad_targets_seen(torch.device("cuda:0"))
+    assert _targets.bad_targets_seen(torch.device("cuda"))
+    assert not _targets.bad_targets_seen(torch.device("cuda"))
+
+
 def test_another_ignore_index() -> None:
     """A class of the vocabulary may be the one to ignore, as pad tokens are."""
     logits_TV, targets_T = inputs(6, 37, ignored=0)
