@@ -60,7 +60,7 @@ def packed_attention(
         Output of the queries' shape and dtype.
 
     Raises:
-        ValueError: shapes do not fit together or the layout, or an option is out of range.
+        ValueError: shapes, dtypes or devices do not fit together or the layout, or an option is out of range.
         RuntimeError: the named backend can't run this input.
 
     >>> q_THE = torch.randn(5, 2, 8)
@@ -70,8 +70,8 @@ def packed_attention(
     _check(query_THE, key_TKE, value_TKE, layout)
     if window is not None and window < 1:
         raise ValueError(f"window must be >= 1, or None for no limit, got {window}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, or None for no cap, got {softcap}")
+    if softcap is not None and (not softcap > 0 or math.isinf(softcap)):
+        raise ValueError(f"softcap must be a positive number, or None for no cap, got {softcap}")
     scale = query_THE.shape[-1] ** -0.5 if scale is None else scale
     options = AttentionOptions(scale, window or 0, softcap or 0.0)
     implementation = resolve("packed_attention", query_THE.device, query_THE.dtype, backend)
@@ -94,6 +94,12 @@ def _check(query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, layout: Packed
         raise ValueError(f"the layout describes {layout.num_tokens} tokens, the query has {T}")
     if not query_THE.dtype == key_TKE.dtype == value_TKE.dtype:
         raise ValueError(f"dtypes differ: {query_THE.dtype}, {key_TKE.dtype}, {value_TKE.dtype}")
+    if (
+        not query_THE.device == key_TKE.device == value_TKE.device
+    ):  # compiled code takes addresses as they are
+        raise ValueError(
+            f"query is on {query_THE.device}, key on {key_TKE.device}, value on {value_TKE.device}; move them to one"
+        )
 
 
 class _PackedAttention(torch.autograd.Function):

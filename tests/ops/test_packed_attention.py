@@ -31,7 +31,7 @@ from ops.attention import (
 )
 from torch import Tensor
 
-from alignfast.kernels import PackedLayout, packed_attention, packed_attention_flash
+from alignfast.kernels import PackedLayout, packed_attention
 from alignfast.kernels.packed_attention import AttentionOptions
 
 # --- the layout and the definition ---
@@ -177,6 +177,17 @@ def test_strides(backend: str, device: str, dtype: torch.dtype, name: str) -> No
     conform(backend, device, leaves, layout, {})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@on_every_backend
+def test_one_head_expanded(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Keys and values of one head, lent to three by a stride of 0; queries of one token, lent to all."""
+    layout = SMALL["shared"]
+    query_THE, key_TKE, value_TKE = inputs(layout.num_tokens, (6, 3, 24), dtype)
+    lent = [x[:, :1].expand_as(x) for x in (key_TKE, value_TKE)]
+    conform(backend, device, [query_THE, *lent], layout, {})
+    conform(backend, device, [query_THE[:1].expand_as(query_THE), *lent], layout, {"window": 4})
+
+
 @on_every_backend
 def test_upstream_gradients_of_any_stride(backend: str, device: str) -> None:
     """A sum expands one number, a transposed output transposes its gradient."""
@@ -261,7 +272,7 @@ def test_backward_twice_and_no_second_derivative(backend: str, device: str) -> N
     c.assert_double_backward_refused(run, leaves)
 
 
-@pytest.mark.parametrize(("backend", "device"), c.backends_for("packed_attention", only=("torch", "native")))
+@pytest.mark.parametrize(("backend", "device"), c.backends_for("packed_attention", only=c.FAST))
 def test_compiles(backend: str, device: str) -> None:
     layout = SMALL["shared"]
     leaves = [x.to(device) for x in inputs(layout.num_tokens, (4, 2, 16))]
@@ -292,7 +303,9 @@ def test_native_ops_are_registered_right(backend: str, device: str, dtype: torch
         ({"layout": PackedLayout((4,), ((),))}, "the layout describes 4 tokens, the query has 3"),
         ({"query_THE": torch.zeros(3, 4, 8, dtype=torch.float64)}, "dtypes differ: torch.float64"),
         ({"window": 0}, "window must be >= 1, or None for no limit, got 0"),
-        ({"softcap": 0.0}, "softcap must be positive, or None for no cap, got 0.0"),
+        ({"softcap": 0.0}, "softcap must be a positive number, or None for no cap, got 0.0"),
+        ({"softcap": math.inf}, "softcap must be a positive number, or None for no cap, got inf"),
+        ({"key_TKE": torch.zeros(3, 2, 8, device="meta")}, "query is on cpu, key on meta, value on cpu"),
         ({"backend": "cuda"}, "backend='cuda' is not one of"),
     ],
 )
@@ -313,66 +326,6 @@ def test_compiled_backends_refuse_float64(backend: str) -> None:
     with pytest.raises(RuntimeError, match=f"backend='{backend}'.*float64"):
         packed_attention(*leaves, PackedLayout((3,), ((),)), backend=backend)
     assert packed_attention(*leaves, PackedLayout((3,), ((),))).dtype == torch.float64
-
-
-# --- flash attention in parts ---
-
-
-def dense_part(query_THE: Tensor, key_NKE: Tensor, value_NKE: Tensor, part: Any, options: Any) -> tuple:
-    """What the library call of a part gives: outputs and log-sum-exps of each of its sequences."""
-    outs, lses, start, key_start = [], [], 0, 0
-    for queries, keys in zip(part.query_lengths, part.key_lengths):
-        query_HQE = query_THE[start : start + queries].transpose(0, 1)
-        group = query_THE.shape[1] // key_NKE.shape[1]
-        key_HNE, value_HNE = (
-            x[key_start : key_start + keys].transpose(0, 1).repeat_interleave(group, 0)
-            for x in (key_NKE, value_NKE)
-        )
-        scores_HQN = query_HQE @ key_HNE.mT * options.scale
-        distance_QN = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
-        hidden_QN = (distance_QN < 0) & part.causal | (distance_QN >= (part.window or math.inf))
-        scores_HQN = scores_HQN.masked_fill(hidden_QN, -math.inf)
-        lses.append(scores_HQN.logsumexp(-1))
-        outs.append((scores_HQN.softmax(-1) @ value_HNE).transpose(0, 1))
-        start, key_start = start + queries, key_start + keys
-    return torch.cat(outs), torch.cat(lses, 1)
-
-
-def dense_part_backward(
-    dout_THE: Tensor, query_THE: Tensor, key_NKE: Tensor, value_NKE: Tensor, out_THE: Tensor, lse_HT: Tensor,
-    part: Any, options: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """The gradients of a part whose probabilities are exp(score - the given log-sum-exp), as flash attention's."""
-    leaves = [x.detach().requires_grad_() for x in (query_THE, key_NKE, value_NKE)]
-    with torch.enable_grad():
-        part_THE, part_HT = dense_part(*leaves, part, options)
-        share_TH1 = (part_HT.detach() - lse_HT).exp().T[:, :, None]
-        part_delta_TH1 = (dout_THE * part_THE.detach()).sum(-1, keepdim=True)
-        delta_TH1 = (dout_THE * out_THE).sum(-1, keepdim=True)
-        pull = (part_THE * dout_THE * share_TH1).sum() + (
-            part_HT.T[:, :, None] * (part_delta_TH1 - delta_TH1) * share_TH1
-        ).sum()
-        return torch.autograd.grad(pull, leaves)
-
-
-@pytest.mark.parametrize("window", [0, 1, 4, 75])
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_flash_parts_merge_to_the_definition(
-    layout: PackedLayout, window: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The GPU's library calls replaced by dense ones: what is held here is the cutting and the merging."""
-    monkeypatch.setattr(packed_attention_flash, "_attend", dense_part)
-    monkeypatch.setattr(packed_attention_flash, "_attend_backward", dense_part_backward)
-    leaves = inputs(layout.num_tokens, (4, 2, 8), torch.float64)
-    dout_THE = torch.randn(leaves[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    wanted = c.values_and_gradients(
-        lambda *x: textbook(*x, layout, window=window or None), leaves, [dout_THE]
-    )
-    options = AttentionOptions(8**-0.5, window)
-    out_THE, lse_HT = packed_attention_flash.forward(*leaves, layout, options)
-    gradients = packed_attention_flash.backward(dout_THE, *leaves, out_THE, lse_HT, layout, options)
-    for actual, expected in zip((out_THE, *gradients), wanted, strict=True):
-        assert (actual - expected).abs().max() <= 1e-12
 
 
 # --- properties and sizes ---
