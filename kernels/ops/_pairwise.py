@@ -21,6 +21,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+# Nats a token. Here float32 last tells a probability from 1; the log-odds of 1 itself are infinite, their slope
+# too, and two such completions would give inf - inf.
+_CERTAIN = -(2.0**-23)
 _EXP_LIMIT = 80.0  # float32 ends at e^88.7: past this a score stays as it is and gives no gradient, as in TRL
 
 
@@ -162,8 +165,11 @@ def _simpo(pairs: Pairs, options: PreferenceOptions) -> Tensor:
 
 
 def _orpo(pairs: Pairs, options: PreferenceOptions) -> Tensor:
-    """ORPO's odds-ratio term, arXiv 2403.07691 eq. 7, beta its lambda; eq. 6 adds the chosen's NLL."""
-    chosen_N, rejected_N = pairs.means
+    """ORPO's odds-ratio term, arXiv 2403.07691 eq. 7, beta its lambda; eq. 6 adds the chosen's NLL.
+
+    A completion of probability 1, to float32's digits, counts as odds of 2^23 to 1 and gets no gradient.
+    """
+    chosen_N, rejected_N = (mean_N.clamp(max=_CERTAIN) for mean_N in pairs.means)
     log_odds_N = chosen_N - torch.log(-torch.expm1(chosen_N))
     rejected_log_odds_N = rejected_N - torch.log(-torch.expm1(rejected_N))
     return -options.beta * logsigmoid(log_odds_N - rejected_log_odds_N)

@@ -98,6 +98,8 @@ def preference_loss(
     lengths = (chosen_len_N, rejected_len_N)
     _check_lengths(options, *lengths)
     _check_alike(chosen_N, rejected_N, *refs, *lengths)
+    if chosen_N.dtype != rejected_N.dtype:  # 16-bit ones are float32 by now
+        raise ValueError(f"chosen is {chosen_N.dtype} and rejected {rejected_N.dtype}; cast one of them")
     implementation = _implementation(options, chosen_N, backend)
     if implementation is _Torch:
         return _Torch.forward(chosen_N, rejected_N, *refs, *lengths, options)

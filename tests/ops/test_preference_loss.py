@@ -184,6 +184,25 @@ def test_large_margins_stay_finite(name: str, size: float) -> None:
     assert all(gradient_N.isfinite().all() for gradient_N in gradients)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("chosen", "rejected"), [(0.0, 0.0), (0.0, -5.0), (-5.0, 0.0), (-1e-30, -5.0)])
+def test_orpo_of_a_certain_completion(chosen: float, rejected: float, dtype: torch.dtype) -> None:
+    """A log-prob of 0, which float32 reaches, counts as odds of 2^23 to 1 and has no gradient; the other one has."""
+    sums = [torch.tensor([2 * x], dtype=dtype).requires_grad_() for x in (chosen, rejected)]
+    two_N = torch.tensor([2])
+    loss_N, *_ = preference_loss(
+        *sums, chosen_len_N=two_N, rejected_len_N=two_N, loss_type="orpo", beta=0.3, backend="torch"
+    )
+    gradients = [gradient_N.item() for gradient_N in torch.autograd.grad(loss_N, sums)]
+    log_odds = [math.log(p / -math.expm1(x)) for x in (min(chosen, -(2**-23)), min(rejected, -(2**-23)))
+                for p in (math.exp(x),)]  # fmt: skip
+    lose = 1 / (1 + math.exp(log_odds[0] - log_odds[1]))
+    assert loss_N.item() == pytest.approx(-0.3 * math.log1p(-lose), rel=1e-5)
+    for x, sign, gradient in zip((chosen, rejected), (-1, 1), gradients):
+        slope = 0.0 if x > -(2**-23) else 1 / -math.expm1(x)  # of the log-odds
+        assert gradient == pytest.approx(sign * 0.3 * lose * slope / 2, rel=1e-5)
+
+
 @pytest.mark.parametrize("name", [name for name in LOSSES if LOSSES[name].by_margin])
 def test_common_shift(name: str) -> None:
     """What policy and reference share, and what a pair's two log-ratios share, is no preference."""
@@ -245,12 +264,14 @@ def test_compiled_backends_refuse_what_they_do_not_know(
         ({"ref_chosen_N": torch.zeros(2, requires_grad=True)}, "reference log-probs are constants"),
         ({"rejected_N": torch.zeros(2, 1)}, r"in one dimension, got torch.float32 of shape \(2, 1\)"),
         ({"chosen_N": torch.zeros(2, dtype=torch.int64)}, "floating-point log-probs.*got torch.int64"),
+        ({"rejected_N": torch.zeros(2).double()}, "chosen is torch.float32 and rejected torch.float64; cast"),
     ],
 )
-def test_refusals(options: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_refusals(backend: str, options: dict[str, Any], message: str) -> None:
     names = ("chosen_N", "rejected_N", "ref_chosen_N", "ref_rejected_N")
     with pytest.raises(ValueError, match=message):
-        preference_loss(**({name: torch.zeros(2) for name in names} | options), backend="torch")
+        preference_loss(**({name: torch.zeros(2) for name in names} | options), backend=backend)
 
 
 @pytest.mark.parametrize(
