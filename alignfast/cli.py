@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"alignfast {words[0]}: error: {message}", file=sys.stderr)
+        if not debug and isinstance(error, RuntimeError):  # it may be a fault of ours, or of a library's
+            print("`--debug` before or after the command shows where it came from", file=sys.stderr)
         return USER_ERROR
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,7 +46,7 @@ def load_policy(
     """
     if layout not in ("shared", "packed", "padded"):
         raise ValueError(f"layout must be shared, packed or padded, got {layout!r}")
-    if isinstance(model, str):
+    if isinstance(model, (str, os.PathLike)):
         model = _load(model, dtype or torch.float32, trust_remote_code)
     elif dtype is not None:
         raise ValueError(
@@ -71,7 +72,8 @@ def load_policy(
     return Policy(model, layout=layout, backend=backend)
 
 
-def _load(name: str, dtype: str | torch.dtype, trust_remote_code: bool) -> nn.Module:
+def _load(name: str | os.PathLike[str], dtype: str | torch.dtype, trust_remote_code: bool) -> nn.Module:
+    name = os.path.expanduser(os.fspath(name))
     adapter_config = find_adapter_config_file(name)
     if adapter_config is None:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -94,8 +96,8 @@ def _add_adapters(model: nn.Module, peft_config: Any) -> nn.Module:
 
 
 def load_tokenizer(
-    tokenizer: str | PreTrainedTokenizerBase | None,
-    model: str | nn.Module,
+    tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None,
+    model: Any,
     *,
     trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
@@ -106,9 +108,11 @@ def load_tokenizer(
     """
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer
-    name = tokenizer or (model if isinstance(model, str) else getattr(model.config, "_name_or_path", ""))
+    named = isinstance(model, (str, os.PathLike))
+    name = tokenizer or (model if named else getattr(model.config, "_name_or_path", ""))
     if not name:
         raise ValueError(
             "the model was made in memory, so its tokenizer is unknown; pass processing_class=tokenizer"
         )
+    name = os.path.expanduser(os.fspath(name))
     return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)

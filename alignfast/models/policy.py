@@ -66,6 +66,17 @@ class Policy(nn.Module):
         """The transformers model, without PEFT around it."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
+    @property
+    def vocabulary(self) -> int:
+        """Token ids that the model has embeddings for."""
+        embeddings: Any = self.base.get_input_embeddings()
+        return int(embeddings.weight.shape[0])
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens of a sequence that the model was made for; None where its config does not say."""
+        return getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+
     def forward(
         self,
         batch: Batch,
@@ -145,10 +156,28 @@ class Policy(nn.Module):
         )
         return base.router_aux_loss_coef * loss
 
+    def set_router_weight(self, coefficient: float) -> None:
+        """What a mixture's balancing loss counts.
+
+        Raises:
+            ValueError: the model is no mixture of experts.
+        """
+        base: Any = self.base
+        if not hasattr(base, "router_aux_loss_coef"):
+            raise ValueError(
+                f"router_aux_loss_coef: {type(base).__name__} is no mixture of experts; leave it out"
+            )
+        base.router_aux_loss_coef = coefficient
+
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Packed attention in force inside the block (nothing changes for `padded`); the model's own outside."""
-        with nullcontext() if self.layout == "padded" else attention_set(self.base, NAME):
+        """Packed attention in force inside the block, the model's own outside.
+
+        `padded` keeps the model's own inside too, unless that is sdpa and the scores have a softcap (Gemma 2), which
+        transformers' sdpa drops: eager takes its place.
+        """
+        name = NAME if self.layout != "padded" else "eager" if drops_softcap(self.base) else None
+        with nullcontext() if name is None else attention_set(self.base, name):
             yield
 
     @contextmanager
@@ -213,6 +242,12 @@ class Policy(nn.Module):
         """The logits that predict an answer, by the model's own forward."""
         output = self.base(input_ids=torch.tensor([prompt + answer], device=device))
         return output.logits[0, len(prompt) - 1 : -1]
+
+
+def drops_softcap(base: PreTrainedModel) -> bool:
+    """Whether the model's own attention leaves out a softcap that its config asks for."""
+    softcap = getattr(base.config.get_text_config(), "attn_logit_softcapping", None)
+    return softcap is not None and base.config._attn_implementation == "sdpa"
 
 
 def logits_of(hidden_ND: Tensor, head: Head) -> Tensor:

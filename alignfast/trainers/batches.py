@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -34,11 +35,21 @@ class Data:
 NO_DATA = Data([], [], PrepareReport(), 0)
 
 
-def join_data(known: list[Data], prepared: Prepared, vocabulary: int) -> Data:
+def join_data(
+    known: list[Data], prepared: Prepared, config: TrainerConfig, vocabulary: int, positions: int | None
+) -> Data:
     """Add prepared rows to what a trainer has read.
 
+    Args:
+        known: what it has read so far; the new rows are appended.
+        prepared: the new rows.
+        config: for layout and budget.
+        vocabulary: tokens that the model knows.
+        positions: tokens of a sequence that the model has positions for; None where it does not say.
+
     Raises:
-        ValueError: a token is outside the model's vocabulary.
+        ValueError: a token is outside the vocabulary, a sequence longer than the model's positions, or a row larger
+            than the budget of a micro-batch.
     """
     largest = prepared.report.largest_token_id
     if largest >= vocabulary:
@@ -46,6 +57,16 @@ def join_data(known: list[Data], prepared: Prepared, vocabulary: int) -> Data:
             f"the tokenizer gives token id {largest} and the model knows {vocabulary} tokens: take the model's own "
             "tokenizer, or resize the model with model.resize_token_embeddings(len(tokenizer))"
         )
+    for tree, row in zip(prepared.trees, prepared.rows):
+        longest = len(tree.prompt) + max(map(len, tree.answers))
+        if positions is not None and longest > positions:
+            raise ValueError(
+                f"row {row} has {longest} tokens and the model's positions end at {positions}: set max_length to that or "
+                "less"
+            )
+        cut(
+            [tree], config.layout, config.max_tokens_per_batch, [row]
+        )  # refuses a row that alone is over the budget
     first = sum(len(data.trees) for data in known)
     known.append(Data(prepared.trees, prepared.rows, prepared.report, first))
     return known[-1]
@@ -106,6 +127,14 @@ def share_out(
 def pack_rows(data: Data, rows: Sequence[int], layout: str, pad_id: int | None) -> Batch:
     """Rows by their positions in the data, packed; the batch's `rows` are their numbers."""
     return pack([data.trees[row] for row in rows], [data.first + row for row in rows], layout, pad_id)
+
+
+def content_hash(trees: Sequence[Tree]) -> str:
+    """SHA-256 of tokens and masks, in their order."""
+    digest = hashlib.sha256()
+    for tree in trees:
+        digest.update(repr((tree.prompt, tree.answers, tree.trained)).encode())
+    return digest.hexdigest()
 
 
 def num_predictions(tree: Tree) -> list[int]:

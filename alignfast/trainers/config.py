@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,9 +50,11 @@ class TrainerConfig:
     per_device_train_batch_size: int = 8
     """Rows of one micro-batch on each rank, >= 1."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches of one step, >= 1. The loss is normalised over the whole step, so 8 x 1 equals 1 x 8."""
+    """Micro-batches of one step, >= 1. The loss is normalised over the whole step, so 8 x 1 equals 1 x 8 (but for what
+    is defined on a batch: the `aot` losses, which sort it, and a mixture's router loss)."""
     max_tokens_per_batch: int | None = None
-    """Cuts micro-batches by tokens instead of rows. Rows of a step, and so the result, stay the same."""
+    """Cuts micro-batches by tokens instead of rows. Rows of a step, and so the result, stay the same, but for what is
+    defined on a batch. A row above it is refused when it is read."""
     per_device_eval_batch_size: int = 8
     """Rows of one batch of evaluation on each rank, >= 1."""
     num_train_epochs: float = 3.0
@@ -89,7 +92,8 @@ class TrainerConfig:
     truncation_mode: str = "keep_start"
     """Which end stays when a sequence is cut: `keep_start` or `keep_end`."""
     layout: str = "shared"
-    """`shared`: prompts are computed once for all their answers. `packed`: no padding. `padded`: as others do it."""
+    """`shared`: prompts are computed once for all their answers. `packed`: no padding. `padded`: as others do it. All
+    give the same losses, but for a mixture's router loss, which counts the tokens that were computed."""
     backend: str = "auto"
     """Kernels: `auto`, `torch`, `native` or `triton`."""
 
@@ -144,7 +148,7 @@ class TrainerConfig:
     save_total_limit: int | None = None
     """Checkpoints kept, the newest; the best one always is. None keeps all."""
     load_best_model_at_end: bool = False
-    """Put back the weights of the best evaluation when training ends."""
+    """Put back the weights of the best evaluation when training ends; every evaluation that is the best is saved."""
     metric_for_best_model: str | None = None
     """Metric that says which is best, with or without `eval_`; None is `loss`."""
     greater_is_better: bool | None = None
@@ -167,6 +171,9 @@ class TrainerConfig:
     """Seed of the order of rows."""
 
     def __post_init__(self) -> None:
+        if self.output_dir is not None:
+            object.__setattr__(self, "output_dir", os.path.expanduser(os.fspath(self.output_dir)))
+        object.__setattr__(self, "resume_from_checkpoint", resume_option(self.resume_from_checkpoint))
         at_least_one = (
             "per_device_train_batch_size",
             "gradient_accumulation_steps",
@@ -265,6 +272,18 @@ def steps_of(interval: float, num_steps: int) -> int:
     (10, 250)
     """
     return max(1, round(interval * num_steps)) if interval < 1 else int(interval)
+
+
+def resume_option(value: Any) -> str | bool | None:
+    """`resume_from_checkpoint` as a path, True, False or None, from whatever a user or a command line says.
+
+    >>> resume_option("true"), resume_option("False"), resume_option("runs/dpo")
+    (True, False, 'runs/dpo')
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    path = os.path.expanduser(os.fspath(value))
+    return {"true": True, "false": False}.get(path.lower(), path)
 
 
 def one_of(name: str, value: Any, other_name: str, other: Any) -> Any:

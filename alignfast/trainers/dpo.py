@@ -78,8 +78,9 @@ class DPOTrainer(Trainer):
 
     Args:
         model: as of every trainer.
-        ref_model: the reference; None is the model as given: its base where adapters are trained, else a frozen copy,
-            or no second model at all with `precompute_ref_log_probs=True`.
+        ref_model: the reference; None is the model as given: its base where `peft_config` adds adapters, the base with
+            a copy of the adapters where it came with some, else a frozen copy, or no second model at all with
+            `precompute_ref_log_probs=True`.
         args: as of every trainer, like all that follows.
 
     >>> pairs = [("Prompt 1", "Preferred", "Dispreferred")]

@@ -29,7 +29,7 @@ from alignfast.kernels._targets import bad_targets_seen
 from alignfast.models.load import load_policy, load_tokenizer
 from alignfast.models.policy import Policy
 from alignfast.trainers.batches import NO_DATA, Counts, Data, join_data, pack_rows, share_out
-from alignfast.trainers.config import TrainerConfig, one_of, resolve_config
+from alignfast.trainers.config import TrainerConfig, one_of, resolve_config, resume_option
 from alignfast.trainers.estimate import describe_run
 from alignfast.trainers.interrupt import EvaluationStopped, NonFiniteError, StopRequest, TrainingInterrupted
 from alignfast.trainers.machine import keep_cpu_memory, make_accelerator, wrap
@@ -102,13 +102,9 @@ class Trainer:
             trust_remote_code=args.trust_remote_code,
         )
         if args.router_aux_loss_coef is not None:
-            base: Any = self.module.base
-            if not hasattr(base, "router_aux_loss_coef"):
-                raise ValueError(
-                    f"router_aux_loss_coef: {type(base).__name__} is no mixture of experts; leave it out"
-                )
-            base.router_aux_loss_coef = args.router_aux_loss_coef
+            self.module.set_router_weight(args.router_aux_loss_coef)
         self.policy, self.model = None, self.module.model
+        self.adapters_are_new = peft_config is not None
         given = one_of("processing_class", processing_class, "tokenizer", tokenizer)
         self.processing_class = load_tokenizer(given, model, trust_remote_code=args.trust_remote_code)
         self.all_data: list[Data] = []
@@ -167,7 +163,8 @@ class Trainer:
             keep_cpu_memory()
         self._reset()
         self.plan = lay_out(args, len(self.train_data.trees), self.accelerator.num_processes, self.state)
-        resume = args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        resume = resume_option(resume_from_checkpoint)
+        resume = args.resume_from_checkpoint if resume is None else resume
         folder = find_checkpoint(self, resume) if resume else None
         self.wrap()
         self.updater = Updater(args, self.accelerator, self.module, self.plan.num_steps)
@@ -208,13 +205,14 @@ class Trainer:
         if args.eval_on_start and first == 0:
             self.control.should_evaluate = True
         self._evaluate_and_save(stop=False)  # also what an interrupted run had left to do
-        losses = 0.0
+        losses, taken = 0.0, 0
         while state.global_step < self.plan.num_steps and not self.control.should_training_stop:
             if self.plan.ends_epoch(state.global_step):
                 self.control = self.handler.on_epoch_begin(args, state, self.control)
             self.control = self.handler.on_step_begin(args, state, self.control)
             loss, stop = self._step()
-            losses += loss
+            if self._last.taken:
+                losses, taken = losses + loss, taken + 1
             self.control = self.handler.on_step_end(args, state, self.control)
             if self.plan.ends_epoch(state.global_step):
                 self.control = self.handler.on_epoch_end(args, state, self.control)
@@ -227,7 +225,7 @@ class Trainer:
             "train_runtime": seconds,
             "train_steps_per_second": steps / seconds,
             "train_samples_per_second": steps * self.plan.rows_per_step / seconds,
-            "train_loss": losses / max(1, steps),
+            "train_loss": losses / max(1, taken),
         }
         self._tell(figures)
         self.log.say(f"{steps} steps in {duration(seconds)}")
@@ -330,6 +328,8 @@ class Trainer:
         for name, prepared in data.items():
             prefix = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"
             metrics |= {prefix + key: value for key, value in self._evaluate_on(prepared).items()}
+        if eval_dataset is not None:
+            self.all_data.pop()
         self._tell(metrics)
         self.control = self.handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -392,8 +392,8 @@ class Trainer:
     def _read(self, source: Any) -> Data:
         if source is None:
             return NO_DATA
-        embeddings: Any = self.module.base.get_input_embeddings()
-        return join_data(self.all_data, self.prepare(load_rows(source)), embeddings.weight.shape[0])
+        prepared, module = self.prepare(load_rows(source)), self.module
+        return join_data(self.all_data, prepared, self.args, module.vocabulary, module.positions)
 
     def _pack(self, data: Data, rows: list[int]) -> Batch:
         return pack_rows(data, rows, self.args.layout, self.pad_id).to(self.accelerator.device)

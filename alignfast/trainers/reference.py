@@ -1,4 +1,4 @@
-"""Where the reference's log-probs come from: adapters switched off, a frozen model, a table on disk, or nowhere.
+"""Where the reference's log-probs come from: adapters off or as given, a frozen model, a table on disk, or nowhere.
 
 The table is computed once per model and data: its file is named by a hash of the reference's weights, the tokens,
 and what else bears on the numbers. The layout does not, since all layouts give the same log-probs.
@@ -9,11 +9,13 @@ Letters: P predictions, N pairs, R rows of all data.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ from alignfast.data import Batch
 from alignfast.losses import ld_weights
 from alignfast.models.load import load_policy
 from alignfast.models.policy import Policy
-from alignfast.trainers.batches import pack_rows
+from alignfast.trainers.batches import content_hash, pack_rows
 
 if TYPE_CHECKING:
     from alignfast.trainers.dpo import DPOTrainer
@@ -57,6 +59,29 @@ class AdaptersOff:
             logps_P = trainer.policy(batch)
         trainer.policy.train(training)
         return pair_sums(logps_P, batch.lengths, trainer.args.ld_alpha)
+
+
+class AdaptersAsGiven:
+    """The trained model with the adapters that it came with: copies of them take their place for the pass."""
+
+    def __init__(self, trainer: DPOTrainer) -> None:
+        self.trainer = trainer
+        trained = [p for p in trainer.model.parameters() if p.requires_grad]
+        self.pairs = [(parameter, parameter.detach().clone()) for parameter in trained]
+
+    def pair_logps(self, batch: Batch) -> PairLogps:
+        trainer = self.trainer
+        training = trainer.module.training
+        trainer.policy.eval()
+        self._swap()
+        logps_P = trainer.policy(batch)
+        self._swap()
+        trainer.policy.train(training)
+        return pair_sums(logps_P, batch.lengths, trainer.args.ld_alpha)
+
+    def _swap(self) -> None:
+        for parameter, copy in self.pairs:
+            parameter.data, copy.data = copy.data, parameter.data
 
 
 class FrozenModel:
@@ -95,18 +120,27 @@ def make_reference(trainer: DPOTrainer, ref_model: Any) -> Reference:
         ValueError: a reference model is given where none can be used.
     """
     args, adapters = trainer.args, hasattr(trainer.model, "disable_adapter")
+    if ref_model is not None and (ref_model is trainer.model or ref_model is trainer.module.base):
+        raise ValueError("ref_model is the model that is trained: leave it out, or pass a copy of it")
     if not args.needs_reference:
         if ref_model is not None:
             raise ValueError(f"loss_type={args.loss_type!r} uses no reference: leave ref_model out")
         return NoReference()
     if ref_model is None and adapters and not args.precompute_ref_log_probs:
-        return AdaptersOff(trainer)
+        if trainer.adapters_are_new:
+            return AdaptersOff(trainer)
+        if args.fsdp:
+            raise ValueError(
+                "the reference is the model with the adapters that it came with, and fsdp shards them: set "
+                "precompute_ref_log_probs=True, or pass ref_model"
+            )
+        return AdaptersAsGiven(trainer)
     if ref_model is not None:
         policy = load_policy(
             ref_model,
             layout=args.layout,
             backend=args.backend,
-            dtype=args.dtype if isinstance(ref_model, str) else None,
+            dtype=None if isinstance(ref_model, nn.Module) else args.dtype,
             trust_remote_code=args.trust_remote_code,
         )
     elif args.precompute_ref_log_probs:
@@ -118,7 +152,7 @@ def make_reference(trainer: DPOTrainer, ref_model: Any) -> Reference:
         policy = trainer.module.reference_copy()
     if not args.precompute_ref_log_probs:
         return FrozenModel(trainer, policy)
-    table_2R = precomputed(trainer, policy, adapters_off=ref_model is None and adapters)
+    table_2R = precomputed(trainer, policy, ref_model is None and adapters and trainer.adapters_are_new)
     return Table(table_2R)
 
 
@@ -138,12 +172,14 @@ def pair_sums(logps_P: Tensor, lengths: tuple[int, ...], ld_alpha: float | None)
 def precomputed(trainer: DPOTrainer, policy: Policy, adapters_off: bool) -> Tensor:
     """The table of a reference, read from disk or computed and written there; to be called on all ranks."""
     accelerator = trainer.accelerator
-    file = trainer.args.folder / "reference" / f"{_key(trainer, policy)}.safetensors"
-    found = file.exists()
-    accelerator.wait_for_everyone()  # all have looked before anyone writes
-    if found:
+    file = trainer.args.folder / "reference" / f"{_key(trainer, policy, adapters_off)}.safetensors"
+    # The first rank looks and reads for all: others may see another disk.
+    found = [load_file(file)["logps_2R"] if accelerator.is_main_process and file.exists() else None]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(found)
+    if found[0] is not None:
         trainer.log.say(f"reference log-probs: {file}")
-        return load_file(file)["logps_2R"]
+        return found[0]
     training = policy.training
     policy.to(accelerator.device).eval()
     with policy.attached(), accelerator.autocast():
@@ -174,13 +210,17 @@ def _compute(trainer: DPOTrainer, policy: Policy) -> Tensor:
     return accelerator.reduce(logps_2R, "sum").cpu()  # every row is zero on all ranks but one
 
 
-def _key(trainer: DPOTrainer, policy: Policy) -> str:
+def _key(trainer: DPOTrainer, policy: Policy, adapters_off: bool) -> str:
     digest = hashlib.sha256()
     _hash_weights(digest, policy.model)
+    config = policy.base.config.to_dict()
+    shape = {
+        name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")
+    }
+    digest.update(json.dumps(shape, sort_keys=True, default=str).encode())
     for data in trainer.all_data:
-        for tree in data.trees:
-            digest.update(repr((tree.prompt, tree.answers, tree.trained)).encode())
-    digest.update(repr((trainer.args.ld_alpha, trainer.accelerator.mixed_precision)).encode())
+        digest.update(content_hash(data.trees).encode())
+    digest.update(repr((adapters_off, trainer.args.ld_alpha, trainer.accelerator.mixed_precision)).encode())
     return digest.hexdigest()[:32]
 
 

@@ -9,6 +9,8 @@ step-N/  model and tokenizer as save_pretrained writes them      loads in transf
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from transformers import TrainerState
 from transformers.trainer_callback import ExportableState
 
 from alignfast.trainers import checkpoint
+from alignfast.trainers.batches import content_hash
 from alignfast.trainers.metrics import from_json, to_json
 from alignfast.trainers.state import (
     load_optimizer,
@@ -32,6 +35,15 @@ if TYPE_CHECKING:
     from alignfast.trainers.loop import Trainer
 
 STATE = "trainer_state.json"
+# Options that a run which goes on may change: where things go, what is told, how a step is cut up. How many rows and
+# steps there are is compared by itself.
+MAY_CHANGE = frozenset(
+    """output_dir per_device_train_batch_size gradient_accumulation_steps max_tokens_per_batch per_device_eval_batch_size
+    num_train_epochs max_steps layout backend gradient_checkpointing use_cpu fsdp keep_cpu_memory logging_steps
+    logging_strategy logging_first_step report_to run_name disable_tqdm eval_strategy eval_steps eval_delay eval_on_start
+    save_strategy save_steps save_total_limit load_best_model_at_end resume_from_checkpoint push_to_hub hub_model_id
+    hub_token hub_private_repo trust_remote_code precompute_ref_log_probs seed data_seed""".split()
+)
 _OF_THIS_PROCESS = ("is_local_process_zero", "is_world_process_zero")
 
 
@@ -74,9 +86,11 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> None:
     """
     progress = read_json(folder / STATE)
     for name, value in fingerprint(trainer).items():
-        if progress["fingerprint"][name] != value:
+        before = progress["fingerprint"].get(name)
+        if before != value:
             raise ValueError(
-                f"{folder} is of another run: its {name} is {progress['fingerprint'][name]}, this one's is {value}"
+                f"{folder} is of another run: its {name} is {before}, this one's is {value}. Give what it had, or start "
+                "anew in another output_dir"
             )
     load_weights(trainer.model, folder)
     load_optimizer(trainer.module, trainer.updater.optimizer, folder)
@@ -121,12 +135,15 @@ def _progress(trainer: Trainer, interrupted: bool) -> dict[str, Any]:
 def fingerprint(trainer: Trainer) -> dict[str, Any]:
     """What must not change between a checkpoint and the run that goes on from it."""
     plan, base = trainer.plan, trainer.module.base
+    options = {name: value for name, value in trainer.args.to_dict().items() if name not in MAY_CHANGE}
     return {
         "model": f"{type(base).__name__} of {base.num_parameters()} parameters",
         "rows": plan.num_rows,
         "rows_per_step": plan.rows_per_step,
         "steps": plan.num_steps,
         "seed": plan.seed,
+        "data": content_hash(trainer.train_data.trees),
+        **json.loads(json.dumps(options)),  # tuples as the lists that they are in a file
     }
 
 
@@ -164,7 +181,7 @@ def _find(trainer: Trainer, wanted: str | bool) -> Path:
 
 
 def note_best(trainer: Trainer, metrics: dict[str, float]) -> None:
-    """Remember the step of the best evaluation so far, and ask for a checkpoint where save_strategy is `best`.
+    """Remember the step of the best evaluation so far, and ask for a checkpoint where it will be wanted.
 
     Raises:
         ValueError: the metric that decides is not among `metrics`.
@@ -176,9 +193,9 @@ def note_best(trainer: Trainer, metrics: dict[str, float]) -> None:
             return
         raise ValueError(f"metric_for_best_model={name!r} is not among {', '.join(sorted(metrics))}")
     best, value = state.best_metric, metrics[name]
-    if best is None or (value > best if greater else value < best):
+    if math.isfinite(value) and (best is None or (value > best if greater else value < best)):
         state.best_metric, state.best_global_step = value, state.global_step
-        if args.save_strategy == "best":
+        if args.save_strategy == "best" or args.load_best_model_at_end:
             trainer.control.should_save = True
 
 

@@ -156,6 +156,34 @@ def test_attention_setting_is_put_back_and_own_calls_stay_right() -> None:
     assert torch.equal(model(input_ids=ids_BL).logits, before_BLV)
 
 
+def test_padded_keeps_a_softcap_that_sdpa_drops() -> None:
+    """Gemma 2 as transformers loads it, in the layout that runs the model's own attention."""
+    model = zoo.make("gemma2", torch.float32, attention="eager")
+    expected_P = torch.cat([logps_P for tree in TREES for logps_P in plain_logps(model, tree)]).detach()
+    policy = load_policy(zoo.make("gemma2", torch.float32, attention="sdpa"), layout="padded").eval()
+    with policy.attached():
+        assert relative_error(policy(batch_for(policy)), expected_P) <= 2e-6
+    assert policy.base.config._attn_implementation == "sdpa"
+
+
+def test_a_mixture_s_router_is_trained_in_every_layout() -> None:
+    """Its gradient reaches the router, and follows the coefficient."""
+    sizes = []
+    for layout, coefficient in [("shared", 0.0), ("shared", 0.1), ("shared", 0.2), ("padded", 0.2)]:
+        policy = load_policy(zoo.make("mixtral"), layout=layout).train()
+        policy.set_router_weight(coefficient)
+        with policy.attached():
+            loss, metrics = policy(batch_for(policy), lambda stats, rows: (stats.logps.sum() * 0, {}))
+        assert ("router_loss" in metrics) == (coefficient > 0)
+        if coefficient:
+            loss.backward()
+            gates = [g for name, g in gradients(policy.model).items() if ".gate" in name]
+            assert gates
+            sizes.append(sum(float(g.abs().sum()) for g in gates))
+    assert sizes[1] == pytest.approx(2 * sizes[0], rel=1e-6)
+    assert min(sizes) > 0
+
+
 def test_generate_inside_is_as_outside() -> None:
     model = zoo.make("llama", torch.float32).eval()
     ids_BL = torch.tensor([_ids(5)])

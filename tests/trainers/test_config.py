@@ -136,6 +136,31 @@ def test_a_token_that_the_model_does_not_know_is_refused(tmp_path):
         SFTTrainer(make_llama(vocab_size=12), train_dataset=make_rows(8), processing_class=make_tokenizer())
 
 
+def test_a_row_longer_than_the_positions_or_the_budget_is_refused_when_read(tmp_path):
+    rows = [{"prompt": "the cat", "completion": " sat"}, {"prompt": "the cat", "completion": " sat" * 80}]
+    options = dict(train_dataset=rows, processing_class=make_tokenizer(), output_dir=str(tmp_path))
+    with pytest.raises(
+        ValueError, match="row 1 has 83 tokens and the model's positions end at 64: set max_length"
+    ):
+        SFTTrainer(make_llama(), **options)
+    with pytest.raises(ValueError, match=r"row 1 alone has 64 tokens.*over max_tokens_per_batch=50"):
+        SFTTrainer(make_llama(), **options, max_length=64, max_tokens_per_batch=50)
+
+
+def test_paths_may_be_path_objects(tmp_path):
+    make_llama().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    trainer = SFTTrainer(
+        tmp_path / "model",
+        train_dataset=make_rows(2),
+        output_dir=tmp_path / "run",
+        max_steps=1,
+        report_to="none",
+    )
+    trainer.train()
+    assert (tmp_path / "run" / "config.yaml").is_file()
+
+
 def test_importing_alignfast_leaves_torch_and_transformers_alone():
     code = "import sys, alignfast; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -147,6 +147,33 @@ def test_a_step_without_a_number_is_skipped_and_logged_as_it_is(tmp_path, value)
     assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
 
 
+def test_a_gradient_without_a_number_is_skipped_though_the_loss_has_one(tmp_path):
+    class PoisonGradient(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 1:
+                next(p for p in model.parameters() if p.grad is not None).grad[0] = math.nan
+
+    trainer = trained("sft", tmp_path, max_steps=3, callbacks=[PoisonGradient()])
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "loss" in row]
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    assert [math.isfinite(row["grad_norm"]) for row in rows] == [True, False, True]
+    assert rows[-1]["skipped_steps"] == 1
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
+
+
+def test_the_mean_loss_of_a_run_leaves_skipped_steps_out(tmp_path):
+    poisoned = trained("sft", tmp_path, max_steps=3, callbacks=[Poison({2}, math.nan)])
+    rows = [row["loss"] for row in poisoned.state.log_history if math.isfinite(row.get("loss", math.nan))]
+    assert poisoned.state.log_history[-1]["train_loss"] == pytest.approx(sum(rows) / 2)
+
+
+def test_an_evaluation_after_the_run_is_in_its_metrics_too(tmp_path):
+    trainer = trained("sft", tmp_path, max_steps=1)
+    trainer.evaluate(make_rows(2, 5))
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["eval_loss"] > 0
+    assert len(trainer.all_data) == 1  # rows that were only evaluated are let go
+
+
 def test_a_skipped_step_leaves_weights_and_optimizer_alone(tmp_path):
     seen = {}
 

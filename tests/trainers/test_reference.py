@@ -8,6 +8,7 @@ from trainers.tiny import make_llama, make_pairs, make_tokenizer
 from transformers import TrainerCallback
 
 from alignfast import DPOTrainer
+from alignfast.models import load_policy
 
 RUN = dict(max_steps=3, logging_steps=1, learning_rate=1e-2, save_strategy="no", report_to="none")
 LORA = dict(r=2, lora_alpha=4, target_modules=["q_proj"])
@@ -52,6 +53,38 @@ def test_adapters_off_equal_the_base_model(tmp_path):
     for other in (given, table):
         for mine, theirs in zip(figures(off), figures(other)):
             assert theirs == pytest.approx(mine, abs=1e-6)
+
+
+def with_trained_adapters():
+    """A PEFT model whose adapters change something, as a fine-tuned one's do."""
+    policy = load_policy(make_llama(), peft_config=LORA)
+    torch.manual_seed(3)
+    for name, parameter in policy.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    return policy.model
+
+
+def test_adapters_that_came_with_the_model_are_part_of_its_reference(tmp_path):
+    """Equal to a merged copy of it, and not to the base; one model in memory; its adapters are trained and saved."""
+    merged = with_trained_adapters().merge_and_unload()
+    given = trained(tmp_path / "given", model=with_trained_adapters(), ref_model=merged)
+    own = trained(tmp_path / "own", model=with_trained_adapters())
+    table = trained(tmp_path / "table", model=with_trained_adapters(), precompute_ref_log_probs=True)
+    assert own.modules_in_memory == [own.module]
+    for other in (given, table):
+        for mine, theirs in zip(figures(own), figures(other)):
+            assert theirs == pytest.approx(mine, abs=1e-5)
+    assert abs(own.state.log_history[0]["rewards/margins"]) < 1e-6
+    start = dict(with_trained_adapters().named_parameters())
+    moved = {name: p for name, p in own.model.named_parameters() if p.requires_grad}
+    assert all(not torch.equal(p, start[name]) for name, p in moved.items())
+
+
+def test_the_model_itself_is_no_reference(tmp_path):
+    model = make_llama()
+    with pytest.raises(ValueError, match="ref_model is the model that is trained"):
+        trained(tmp_path, model=model, ref_model=model)
 
 
 def test_a_loss_without_a_reference_runs_no_second_model(tmp_path):

@@ -123,11 +123,36 @@ def test_nothing_to_resume_is_an_error(tmp_path):
         make_trainer("sft", tmp_path).train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("change", [dict(seed=1), dict(per_device_train_batch_size=1), dict(max_steps=9)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(seed=1), dict(per_device_train_batch_size=1), dict(max_steps=9), dict(learning_rate=0.5),
+        dict(weight_decay=0.1), dict(max_length=5),
+    ],
+)  # fmt: skip
 def test_another_run_s_checkpoint_is_refused(tmp_path, change):
     make_trainer("sft", tmp_path, max_steps=2).train()
     with pytest.raises(ValueError, match="another run"):
         make_trainer("sft", tmp_path, **{"max_steps": 2, **change}).train(resume_from_checkpoint=True)
+
+
+def test_other_rows_of_the_same_number_are_refused(tmp_path):
+    make_trainer("sft", tmp_path, max_steps=2).train()
+    trainer = SFTTrainer(
+        make_gpt2_with_dropout(), train_dataset=make_rows(11, seed=5), processing_class=make_tokenizer(),
+        output_dir=str(tmp_path), **{**RUN, "max_steps": 2},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="another run: its data is"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_path_object_means_that_checkpoint(tmp_path):
+    make_trainer("sft", tmp_path, max_steps=4, save_steps=2).train()
+    trainer = make_trainer("sft", tmp_path, max_steps=4, save_steps=2)
+    steps = CountSteps()
+    trainer.add_callback(steps)
+    trainer.train(resume_from_checkpoint=tmp_path / "checkpoints" / "step-2")
+    assert steps.steps == [2, 3]
 
 
 def test_another_model_s_checkpoint_is_refused(tmp_path):
@@ -229,6 +254,36 @@ def test_last_k_and_best_are_kept_and_the_best_is_put_back(tmp_path):
     assert trainer.state.best_global_step == 3
     best = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoints" / "step-3")
     assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), best.parameters()))
+
+
+def test_the_best_is_put_back_between_checkpoints_too(tmp_path):
+    """Evaluated every 2 steps, saved every 4, best at 6."""
+    weights = {}
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            weights[state.global_step] = [p.detach().clone() for p in model.parameters()]
+
+    trainer = make_trainer(
+        "sft", tmp_path, eval_dataset=make_rows(4, 9), eval_steps=2, save_steps=4, load_best_model_at_end=True,
+        callbacks=[Choose(best=6), Watch()],
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_global_step == 6
+    assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), weights[6]))
+
+
+def test_an_evaluation_without_a_number_is_never_the_best(tmp_path):
+    class FirstIsNone(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            metrics["eval_loss"] = float("nan") if state.global_step == 2 else 1.0
+
+    trainer = make_trainer(
+        "sft", tmp_path, eval_dataset=make_rows(4, 9), eval_steps=2, load_best_model_at_end=True,
+        callbacks=[FirstIsNone()],
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_global_step == 4
 
 
 def test_save_strategy_best_saves_at_new_bests_alone(tmp_path):
