@@ -131,14 +131,15 @@ def _forward_kernel(
     target = target.to(tl.int32)
     logits_ptr += row * row_stride
     columns = tl.arange(0, LANES)[:, None] * PER + tl.arange(0, PER)[None, :]
-    pointers = logits_ptr + columns * column_stride
-    x_target, _ = _transform(tl.load(logits_ptr + target * column_stride), inner, outer, SOFTCAP)
+    step = tl.cast(column_stride, tl.int64)  # of a transposed view it is T: the last column is past 2**31 too
+    pointers = logits_ptr + columns * step
+    x_target, _ = _transform(tl.load(logits_ptr + target * step), inner, outer, SOFTCAP)
     m = tl.full([LANES], LOWEST, tl.float32)
     s = tl.zeros([LANES], tl.float32)
     u, q, total = s, s, s
     z = tl.load(pointers, mask=columns < V, other=0.0)
     for start in range(0, V, BLOCK):
-        pointers += BLOCK * column_stride
+        pointers += BLOCK * step
         ahead = tl.load(pointers, mask=start + BLOCK + columns < V, other=0.0)
         x, _ = _transform(z, inner, outer, SOFTCAP)
         m, s, u, q, total = _fold(x, columns, start, target, m, s, u, q, total, V, BLOCK, WANTED)
@@ -196,6 +197,7 @@ def _backward_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
+    step, out_step = tl.cast(column_stride, tl.int64), tl.cast(out_column_stride, tl.int64)
     out_ptr += row * out_row_stride
     stats_ptr += row * stats_row_stride
     dstats_ptr += row * dstats_row_stride
@@ -217,11 +219,11 @@ def _backward_kernel(
         fill = tl.full([BLOCK], 0.0, tl.float32) + tl.where(bad & (ignored == 0), float("nan"), 0.0)
         for start in range(0, V, BLOCK):
             here = start + columns
-            tl.store(out_ptr + here * out_column_stride, fill.to(out_ptr.dtype.element_ty), mask=here < V)
+            tl.store(out_ptr + here * out_step, fill.to(out_ptr.dtype.element_ty), mask=here < V)
         return
 
     logits_ptr += row * row_stride
-    x_target, _ = _transform(tl.load(logits_ptr + target * column_stride), inner, outer, SOFTCAP)
+    x_target, _ = _transform(tl.load(logits_ptr + target * step), inner, outer, SOFTCAP)
     tl.debug_barrier()  # `out` may be the logits: no thread writes the target's before all have read it
     logp_target, lse = tl.load(stats_ptr), tl.load(stats_ptr + stats_stride)
     # logp = (x - base) + offset: the target's logit and log-prob, or the lse, whichever lost less when stored
@@ -233,16 +235,16 @@ def _backward_kernel(
         total = tl.zeros([BLOCK], tl.float32)
         for start in range(0, V, BLOCK):
             here = start + columns
-            z = tl.load(logits_ptr + here * column_stride, mask=here < V, other=0.0)
+            z = tl.load(logits_ptr + here * step, mask=here < V, other=0.0)
             x, _ = _transform(z, inner, outer, SOFTCAP)
             total += tl.where(here < V, tl.exp2(((x - base) + offset) * LOG2E), 0.0)
         offset -= tl.log(tl.sum(total, 0))
     at_target = -dlogp * expm1(logp_target)
     target = target.to(tl.int32)
-    z = tl.load(logits_ptr + columns * column_stride, mask=columns < V, other=0.0)
+    z = tl.load(logits_ptr + columns * step, mask=columns < V, other=0.0)
     for start in range(0, V, BLOCK):
         here, next_columns = start + columns, start + BLOCK + columns
-        ahead = tl.load(logits_ptr + next_columns * column_stride, mask=next_columns < V, other=0.0)
+        ahead = tl.load(logits_ptr + next_columns * step, mask=next_columns < V, other=0.0)
         x, slope = _transform(z, inner, outer, SOFTCAP)
         logp = (x - base) + offset
         p = tl.exp2(logp * LOG2E)
@@ -255,5 +257,5 @@ def _backward_kernel(
         if _SUM_SQ_PROBS & WANTED:
             dx += 2.0 * dsquares * p * (p - squares)
         dz = (dx * slope).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + here * out_column_stride, dz, mask=here < V)
+        tl.store(out_ptr + here * out_step, dz, mask=here < V)
         z = ahead

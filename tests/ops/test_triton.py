@@ -134,13 +134,14 @@ def test_missing_functions_at_their_ends(function: Any, x: list[float], expected
 # --- token_logps --------------------------------------------------------------------------------------------------
 
 
-def test_offsets_pass_two_to_the_31() -> None:
-    """The third row lies 2^31 numbers from the first: 4 GB of addresses, of which three pages are touched."""
-    V = 37
-    store = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=DEVICE)
-    logits_TV = store.as_strided((3, V), (2**30, 1))
+# The third row lies 2^31 numbers from the first; so does the second block of columns, where a block is 4096.
+@pytest.mark.parametrize(("V", "strides"), [(37, (2**30, 1)), (4100, (1, 2**19))], ids=["rows", "columns"])
+def test_offsets_pass_two_to_the_31(V: int, strides: tuple[int, int]) -> None:
+    """4 GB of addresses, of which few pages are touched."""
+    store = torch.empty(2 * strides[0] + V * strides[1], dtype=torch.bfloat16, device=DEVICE)
+    logits_TV = store.as_strided((3, V), strides)
     logits_TV.copy_(torch.randn(3, V))
-    targets_T = torch.tensor([3, 4, 5], device=DEVICE)
+    targets_T = torch.tensor([3, 4, V - 1], device=DEVICE)
     options = row_options(1.0, None, 1.0, -100, ())
     stats_KT = token_logps_triton.forward(logits_TV, targets_T, options)
     torch.testing.assert_close(stats_KT, _Torch.forward(logits_TV, targets_T, options))
