@@ -3,7 +3,7 @@
 from alignfast.data.check import DataReport, check_file
 from alignfast.data.formats import FORMATS, Rows, load_rows
 from alignfast.data.packing import LAYOUTS, Batch, Tree, cut, pack
-from alignfast.data.sources import DataError
+from alignfast.data.sources import DataError, HubDataset
 from alignfast.data.tokenize import Prepared, PrepareReport, prepare_preference, prepare_sft
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Batch",
     "DataError",
     "DataReport",
+    "HubDataset",
     "PrepareReport",
     "Prepared",
     "Rows",

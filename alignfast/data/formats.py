@@ -3,18 +3,21 @@
     text · messages · prompt + completion · prompt + chosen + rejected · prompt + completion + label · prompt + ranking
 
 Each is plain (strings) or conversational (lists of messages). Chosen and rejected without a prompt have it
-extracted from what they start with alike. Other columns are kept as they are; images are refused.
+extracted from what they start with alike. Other columns are kept as they are; images are refused. Columns may make
+several formats: the first is taken until a trainer asks for those that it can use (`Rows.one_of`).
 
 Not done here: tokenising, and the chat template.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from alignfast.data.sources import DataError, Row, open_source
+import numpy as np
+
+from alignfast.data.sources import DataError, HubDataset, Row, means_file, open_source
 
 if TYPE_CHECKING:
     from alignfast.data.sources import Source
@@ -42,6 +45,7 @@ class Rows:
         items: the rows, each a dict with all its columns.
         unit: what `numbers` count: `line` and `row` from 1, `index` from 0.
         numbers: place of each row in its source.
+        columns: of the first row, as it was read.
     """
 
     name: str
@@ -50,6 +54,7 @@ class Rows:
     items: list[Row]
     unit: str
     numbers: list[int]
+    columns: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -64,16 +69,49 @@ class Rows:
         """Place of a row in words, for messages."""
         return f"{self.name}, {self.unit} {self.numbers[index]}"
 
+    def one_of(self, formats: Sequence[str], taker: str) -> Rows:
+        """These rows in a format that someone takes: their own, or else the first that their columns make too.
 
-def load_rows(source: Source, *, split: str = "train") -> Rows:
+        Args:
+            formats: keys of `FORMATS`.
+            taker: who takes them, for messages.
+
+        Raises:
+            DataError: the columns make none of the formats, or a row lacks what its format needs.
+
+        >>> rows = load_rows([{"text": "yes no", "chosen": "yes", "rejected": "no"}])
+        >>> rows.format, rows.one_of(["messages", "text"], "SFT").format
+        ('preference', 'text')
+        """
+        if self.format in formats:
+            return self
+        format = next((f for f in _made_by(self.columns) if f in formats), None)
+        if format is None:
+            raise DataError(
+                f"{self.name}: {taker} takes {_spelled(formats)}, got the columns {', '.join(self.columns)}; "
+                "rename or add columns"
+            )
+        items = []
+        try:
+            conversational = _is_conversational(self[0], format)
+            for row in self:
+                items.append(_checked(row, format, conversational))
+        except _BadRow as error:
+            raise DataError(f"{self.where(len(items))}: {error}") from error
+        return replace(self, format=format, conversational=conversational, items=items)
+
+
+def load_rows(source: Source, *, split: str = "train", config: str | None = None) -> Rows:
     """Read and check all rows of a source.
 
     Args:
         source: see `sources.open_source`.
         split: which part of a dataset from the hub; files and lists have no parts.
+        config: which of its configs, where it has several.
 
     Raises:
         DataError: nothing is there, or a row can't be read; the message names file, row and reason.
+        ValueError: a config is given for what is no dataset's name.
         TypeError: the source is of no known kind.
 
     >>> rows = load_rows([("2 + 2 =", " 4", " 5")])
@@ -83,6 +121,10 @@ def load_rows(source: Source, *, split: str = "train") -> Rows:
     Traceback (most recent call last):
     alignfast.data.sources.DataError: list of 1 rows, index 0: column 'completion' is empty
     """
+    if config is not None:
+        if not isinstance(source, str) or means_file(source):
+            raise ValueError(f"config={config!r} is for a dataset's name on the hub, got {_briefly(source)}")
+        source = HubDataset(source, config, split)
     rows, bad = scan(source, split=split, stop=True)
     if bad:
         raise DataError(": ".join(bad[0]))
@@ -103,6 +145,7 @@ def scan(source: Source, *, split: str = "train", stop: bool = False) -> tuple[R
     """
     opened = open_source(source, split)
     format, conversational = "", False
+    columns: tuple[str, ...] = ()
     items: list[Row] = []
     numbers: list[int] = []
     bad: list[tuple[str, str]] = []
@@ -111,8 +154,8 @@ def scan(source: Source, *, split: str = "train", stop: bool = False) -> tuple[R
             if isinstance(row, str):
                 raise _BadRow(row)
             if not items:  # the first row that can be read decides for all
-                format = _detect(row)
-                conversational = not isinstance(row[FORMATS[format][0]], str)
+                format, columns = _detect(row, plain_labels=stop), tuple(row)
+                conversational = _is_conversational(row, format)
             items.append(_checked(row, format, conversational))
             numbers.append(number)
         except _BadRow as error:
@@ -121,22 +164,48 @@ def scan(source: Source, *, split: str = "train", stop: bool = False) -> tuple[R
                 break
     if not items and not bad:
         raise DataError(f"{opened.name}: there are no rows")
-    return Rows(opened.name, format, conversational, items, opened.unit, numbers), bad
+    return Rows(opened.name, format, conversational, items, opened.unit, numbers, columns), bad
 
 
 class _BadRow(Exception):
     """Why a row can't be used; the caller knows its place."""
 
 
-def _detect(row: Row) -> str:
-    for format, columns in FORMATS.items():
-        if all(column in row for column in columns):
-            return format
-    raise _BadRow(f"its columns ({', '.join(row)}) are no known format; known are {_known_formats()}")
+def _detect(row: Row, plain_labels: bool) -> str:
+    for format in _made_by(row):
+        # Who trains may have a label that is a class; who checks a file hears that it is no thumb.
+        if format == "thumbs" and plain_labels and not _is_bool(row["label"]):
+            continue
+        return format
+    raise _BadRow(f"its columns ({', '.join(row)}) are no known format; known are {_spelled(FORMATS)}")
 
 
-def _known_formats() -> str:
-    return ", ".join("+".join(columns) for columns in FORMATS.values())
+def _made_by(columns: Collection[str]) -> Iterator[str]:
+    return (format for format, needed in FORMATS.items() if all(column in columns for column in needed))
+
+
+def _spelled(formats: Iterable[str]) -> str:
+    return ", ".join("+".join(FORMATS[format]) for format in formats)
+
+
+def _is_conversational(row: Row, format: str) -> bool:
+    """Whether a format's columns hold messages, told by the first of them.
+
+    Raises:
+        _BadRow: they hold neither messages nor a string, or what the format can't be made of.
+    """
+    column = FORMATS[format][0]
+    value = row[column]
+    if value is None:
+        raise _BadRow(f"column {column!r} is missing a value (null)")
+    expected = {"text": "a string", "messages": "a list of messages"}.get(
+        format, "a string or a list of messages"
+    )
+    if not isinstance(value, (str, list)) or isinstance(
+        value, {"text": list, "messages": str}.get(format, ())
+    ):
+        raise _BadRow(f"column {column!r} must be {expected}, got {_briefly(value)}")
+    return isinstance(value, list)
 
 
 def _checked(row: Row, format: str, conversational: bool) -> Row:
@@ -146,7 +215,7 @@ def _checked(row: Row, format: str, conversational: bool) -> Row:
         _BadRow: a column is missing, empty, of the wrong type, or holds images.
     """
     for column in IMAGE_COLUMNS:
-        if column in row:
+        if _holds_images(row.get(column)):
             raise _BadRow(
                 f"column {column!r} holds images, which are not supported; remove it to train on the text"
             )
@@ -164,11 +233,24 @@ def _checked(row: Row, format: str, conversational: bool) -> Row:
     if "prompt" in row and format not in ("messages", "text"):
         # An empty plain prompt is a completion from nothing; no template renders an empty conversation.
         _check_value(row["prompt"], "prompt", conversational, may_be_empty=not conversational)
-    if format == "thumbs" and not isinstance(row["label"], bool):
-        raise _BadRow(
-            f"column 'label' must be true or false, got {row['label']!r}; rename it if it means another thing"
-        )
+    if format == "thumbs":
+        if not _is_bool(row["label"]):
+            raise _BadRow(
+                f"column 'label' must be true or false, got {row['label']!r}; rename it if it means another thing"
+            )
+        if not isinstance(row["label"], bool):
+            row = {**row, "label": bool(row["label"])}
     return row
+
+
+def _holds_images(value: Any) -> bool:
+    """Datasets with images in some splits alone have the column everywhere, null or empty."""
+    values = value if isinstance(value, list) else [value]
+    return any(value is not None and value != "" for value in values)
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, (bool, np.bool_))
 
 
 def _check_ranking(ranking: Any, conversational: bool) -> None:
@@ -188,7 +270,7 @@ def _check_value(value: Any, column: str, conversational: bool, may_be_empty: bo
             )
         for place, message in enumerate(value):
             _check_message(message, f"{column}[{place}]")
-        if not value or not (value[-1].get("content") or value[-1].get("tool_calls")):
+        if not value or not (content_text(value[-1]) or value[-1].get("tool_calls")):
             raise _BadRow(f"column {column!r} is empty")
         return
     if not isinstance(value, str):
@@ -196,6 +278,16 @@ def _check_value(value: Any, column: str, conversational: bool, may_be_empty: bo
     if not value and not may_be_empty:
         raise _BadRow(f"column {column!r} is empty")
     _check_text(value, column)
+
+
+def content_text(message: dict[str, Any]) -> str:
+    """What a checked message says: its content, or the texts of its blocks; nothing for tool calls alone.
+
+    >>> content_text({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]})
+    'ab'
+    """
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(block["text"] for block in content)
 
 
 def _check_message(message: Any, place: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -19,7 +20,7 @@ def user(text: str) -> dict[str, Any]:
     return {"role": "user", "content": text}
 
 
-def assistant(text: str) -> dict[str, Any]:
+def assistant(text: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": text}
 
 
@@ -149,9 +150,17 @@ CHAT = {"messages": [user("a"), assistant("b")]}
         (GOOD, {"prompt": 1, "completion": "b"}, "'prompt' must be a string"),
         (GOOD, {**GOOD, "images": ["x.png"]}, "column 'images' holds images"),
         (GOOD, {**GOOD, "image": "x.png"}, "column 'image' holds images"),
+        (GOOD, b'{"prompt": "a", "completion": ' + b"1" * 5000 + b"}", "bad JSON: .*4300 digits"),
+        (GOOD, b"[" * 100_000, "bad JSON: it is nested too deeply"),
+        (GOOD, b"[", "bad JSON: .*; expected one object a line"),
         (CHAT, {"messages": "ab"}, "must be a list of messages like the first row's, got str"),
         (CHAT, {"messages": []}, "column 'messages' is empty"),
         (CHAT, {"messages": [user("a"), assistant("")]}, "column 'messages' is empty"),
+        (
+            {"prompt": [user("a")], "completion": [assistant("b")]},
+            {"prompt": [user("a")], "completion": [assistant([{"type": "text", "text": ""}])]},
+            "column 'completion' is empty",
+        ),
         (CHAT, {"messages": [user("a"), {"content": "b"}]}, r"messages\[1\] must be a message with 'role'"),
         (CHAT, {"messages": [user("a"), {"role": "assistant"}]}, r"messages\[1\] has content NoneType None"),
         (
@@ -186,6 +195,53 @@ def test_a_bad_row_is_an_error_that_names_file_row_and_reason(
 def test_the_first_row_may_be_bad_too(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"line 1: its columns \(question, answer\) are no known format"):
         load_rows(write_lines(tmp_path / "rows.jsonl", {"question": "a", "answer": "b"}))
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"text": 3}, "column 'text' must be a string, got int 3"),
+        ({"text": [user("a")]}, "column 'text' must be a string, got list"),
+        ({"messages": "a"}, "column 'messages' must be a list of messages, got str 'a'"),
+        ({"prompt": 3, "completion": "b"}, "column 'prompt' must be a string or a list of messages, got int"),
+        ({"text": None}, r"column 'text' is missing a value \(null\)"),
+    ],
+)
+def test_a_first_row_of_a_wrong_type_is_not_compared_with_itself(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(DataError, match=f"index 0: {reason}"):
+        load_rows([row])
+
+
+@pytest.mark.parametrize("images", [None, [], "", [None]])
+def test_an_empty_column_of_images_is_none(images: Any) -> None:
+    assert len(load_rows([{**GOOD, "images": images, "image": None}])) == 1
+
+
+def test_numpys_booleans_are_thumbs() -> None:
+    rows = load_rows([{**GOOD, "label": np.True_}, {**GOOD, "label": np.False_}])
+    assert rows.format == "thumbs"
+    assert [row["label"] for row in rows] == [True, False]
+    assert all(type(row["label"]) is bool for row in rows)
+
+
+def test_a_label_that_is_no_thumb_is_a_column_of_the_users_own_but_the_check_asks() -> None:
+    labelled = [{**GOOD, "label": 1}]
+    assert load_rows(labelled).format == "prompt_completion"
+    assert scan(labelled)[1][0][1].startswith("column 'label' must be true or false, got 1")
+
+
+def test_a_json_file_may_hold_an_array(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([GOOD, GOOD], indent=2))
+    assert list(load_rows(path)) == [GOOD, GOOD]
+    path.write_text(json.dumps([GOOD, ["a"]]))
+    with pytest.raises(DataError, match=r"rows\.json, index 1: expected a JSON object, got list"):
+        load_rows(path)
+    path.write_text("[\n{]")
+    with pytest.raises(DataError, match=r"rows\.json: bad JSON: .* at line 2, column 2"):
+        load_rows(path)
+    write_lines(path, GOOD, GOOD)  # an object a line, as before
+    assert load_rows(path).where(1) == f"{path}, line 2"
 
 
 def test_invalid_utf8_in_parquet_is_named(tmp_path: Path) -> None:
@@ -228,27 +284,3 @@ def test_other_suffixes_and_types_are_refused(tmp_path: Path) -> None:
         load_rows(datasets.DatasetDict({"test": datasets.Dataset.from_list([GOOD])}))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="without streaming=True"):
         load_rows(datasets.Dataset.from_list([GOOD]).to_iterable_dataset())  # type: ignore[arg-type]
-
-
-def test_other_names_go_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def load_dataset(name: str, split: str) -> datasets.Dataset:
-        asked.append((name, split))
-        return datasets.Dataset.from_list([GOOD])
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows = load_rows("someone/pairs", split="test")
-    assert asked == [("someone/pairs", "test")]
-    assert rows.where(0) == "someone/pairs (test), index 0"
-
-
-def test_a_hub_out_of_reach_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(name: str, split: str) -> datasets.Dataset:
-        raise ConnectionError("couldn't reach it")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(
-        DataError, match=r"'someone/pairs' is no file here, .*\(split 'train'\) failed: couldn't"
-    ):
-        load_rows("someone/pairs")
