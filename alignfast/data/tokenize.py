@@ -30,6 +30,8 @@ from alignfast.data.templates import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SFT_FORMATS = ("text", "messages", "prompt_completion")
+PREFERENCE_FORMATS = ("preference",)
 TRUNCATION_MODES = ("keep_start", "keep_end")
 _ROWS_AT_ONCE = 1000  # a tokenizer call works on all cores; its result is several times the size of the ids
 
@@ -122,13 +124,10 @@ def prepare_sft(
         assistant_only_loss: whether only the assistant's turns carry loss; conversations alone have them.
 
     Raises:
-        DataError: the rows are of another format, or a row's template or turns fail.
+        DataError: the columns make none of these formats, or a row's template or turns fail.
         ValueError: an option is out of range, does not fit the rows, or the tokenizer lacks what they need.
     """
-    if rows.format not in ("text", "messages", "prompt_completion"):
-        raise DataError(
-            f"{rows.name}: SFT takes text, messages, or prompt+completion, got rows of {rows.format!r}"
-        )
+    rows = rows.one_of(SFT_FORMATS, "SFT")
     has_prompt = rows.format == "prompt_completion"
     if completion_only_loss and not has_prompt:
         raise ValueError(f"completion_only_loss=True needs prompt+completion, got rows of {rows.format!r}")
@@ -164,13 +163,10 @@ def prepare_preference(
             different length at different places of the prompt, so that such a pair shares nothing.
 
     Raises:
-        DataError: the rows are of another format, or a row's template fails.
+        DataError: the columns make no pairs, or a row's template fails.
         ValueError: an option is out of range, or the tokenizer lacks what the rows need.
     """
-    if rows.format != "preference":
-        raise DataError(
-            f"{rows.name}: preference training takes chosen+rejected, got rows of {rows.format!r}"
-        )
+    rows = rows.one_of(PREFERENCE_FORMATS, "preference training")
     forest = _Forest(max_length, truncation_mode)
     encoder = _Encoder(rows, tokenizer)
     for first in range(0, len(rows), _ROWS_AT_ONCE):

@@ -224,9 +224,8 @@ def test_the_report_adds_up(make_tokenizer: MakeTokenizer) -> None:
         (
             {"prompt": "a", "chosen": "b", "rejected": "c"},
             {},
-            "SFT takes text, messages, or prompt.completion",
+            r"SFT takes text, messages, prompt\+completion, got the columns prompt, chosen, rejected",
         ),
-        ({"prompt": "a", "completion": "b", "label": True}, {}, "got rows of 'thumbs'"),
     ],
 )
 def test_sft_refuses(
@@ -236,9 +235,45 @@ def test_sft_refuses(
         prepare_sft(load_rows([row]), make_tokenizer(), **{"max_length": None, **options})
 
 
+CHAT_PAIR = {"chosen": CHAT, "rejected": [*CHAT[:3], assistant("h")]}
+
+
+@pytest.mark.parametrize(
+    ("more", "plain"),
+    [
+        ({"prompt": "ok", **CHAT_PAIR, "messages": CHAT}, {"messages": CHAT}),  # UltraFeedback's columns
+        ({"prompt": "ok", "completion": "he", "label": False}, {"prompt": "ok", "completion": "he"}),
+        ({"prompt": "ok", "completion": "he", "label": 2}, {"prompt": "ok", "completion": "he"}),
+        ({"chosen": "a", "rejected": "b", "completion": "h", "text": "ok"}, {"text": "ok"}),
+    ],
+)
+def test_sft_takes_the_format_that_it_can_use(
+    make_tokenizer: MakeTokenizer, more: dict[str, Any], plain: dict[str, Any]
+) -> None:
+    """The last has no prompt of its own: the one that chosen and rejected were split by makes no prompt+completion."""
+    tokenizer = make_tokenizer(chat_template=CHATML)
+    found, expected = (prepare_sft(load_rows([row]), tokenizer, max_length=None) for row in (more, plain))
+    assert found.trees == expected.trees
+
+
+def test_of_several_formats_pairs_are_still_taken_as_pairs(make_tokenizer: MakeTokenizer) -> None:
+    row = {"prompt": "ok", **CHAT_PAIR, "messages": CHAT}
+    tokenizer = make_tokenizer(chat_template=CHATML)
+    found, expected = (
+        prepare_preference(load_rows([row]), tokenizer, max_length=None) for row in (row, CHAT_PAIR)
+    )
+    assert found.trees == expected.trees
+
+
+def test_a_row_that_lacks_what_the_other_format_needs_is_named(make_tokenizer: MakeTokenizer) -> None:
+    rows = load_rows([{**CHAT_PAIR, "messages": CHAT}, {**CHAT_PAIR, "messages": None}])
+    with pytest.raises(DataError, match=r"list of 2 rows, index 1: column 'messages' is missing a value"):
+        prepare_sft(rows, make_tokenizer(chat_template=CHATML), max_length=None)
+
+
 def test_preference_refuses_other_formats(make_tokenizer: MakeTokenizer) -> None:
     rows = load_rows([{"prompt": "a", "ranking": ["b", "c"]}])
-    with pytest.raises(DataError, match=r"takes chosen\+rejected, got rows of 'ranking'"):
+    with pytest.raises(DataError, match=r"takes chosen\+rejected, got the columns prompt, ranking"):
         prepare_preference(rows, make_tokenizer(), max_length=None)
 
 
