@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from alignfast.data.formats import FORMATS, Rows, scan
+from alignfast.data.formats import FORMATS, Rows, content_text, scan
 from alignfast.data.intervals import Interval, proportion
 from alignfast.data.noise import MIN_PAIRS, Comparison, NoiseEstimate, estimate_noise
 from alignfast.data.sources import Row
@@ -41,7 +41,7 @@ class DataReport:
         rows: rows that can be used.
         bad_rows: (place, reason) of each row that can't.
         duplicates: rows that repeat an earlier one in all columns of the format.
-        blank: rows with an answer or text of white space alone.
+        blank: rows with an answer, a turn of the assistant, or a text of white space alone.
         identical: rows whose answers are the same, so that nothing is preferred.
         contradictions: comparisons that were judged both ways: the same prompt and answers, or answer and thumb.
         longer_chosen: share of pairs of unequal length where the longer answer was preferred.
@@ -132,7 +132,7 @@ def check_file(source: Source) -> DataReport:
         rows=len(rows),
         bad_rows=tuple(bad),
         duplicates=len(keys) - len(set(keys)),
-        blank=sum(any(not text.strip() for text in _answers(row, rows.format)) for row in rows),
+        blank=sum(any(not text.strip() for text in _spoken(row, rows.format)) for row in rows),
     )
     if rows.format == "thumbs":
         return replace(report, **_thumbs(rows))
@@ -157,8 +157,23 @@ def _text(value: Any) -> str:
     """What is said in a column; of messages, their contents."""
     if isinstance(value, str):
         return value
-    contents = (message.get("content") or _flat(message.get("tool_calls")) for message in value)
-    return "\n".join(c if isinstance(c, str) else "".join(block["text"] for block in c) for c in contents)
+    return "\n".join(map(_said, value))
+
+
+def _said(message: dict[str, Any]) -> str:
+    return content_text(message) or (_flat(message["tool_calls"]) if message.get("tool_calls") else "")
+
+
+def _spoken(row: Row, format: str) -> Iterator[str]:
+    """Texts and answers; of conversations, each turn of the assistant by itself."""
+    for column in FORMATS[format]:
+        if column in ("prompt", "label"):
+            continue
+        for value in row[column] if format == "ranking" else (row[column],):
+            if isinstance(value, str):
+                yield value
+            else:
+                yield from (_said(message) for message in value if message["role"] == "assistant")
 
 
 def _answers(row: Row, format: str) -> Iterator[str]:

@@ -115,6 +115,16 @@ def test_conversations_and_implicit_prompts() -> None:
     assert report.longer_chosen.estimate == 0.5
 
 
+def test_a_blank_turn_of_the_assistant_is_seen_among_others() -> None:
+    def chat(*texts: str) -> dict[str, Any]:
+        return {"messages": [{"role": r, "content": t} for r, t in zip(["user", "assistant"] * 2, texts)]}
+
+    assert check_file([chat("p", " \n"), chat("p", "a")]).blank == 1
+    assert check_file([chat("p", "", "q", "a"), chat(" ", "a")]).blank == 1  # a user may say nothing
+    called = {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}]}
+    assert check_file([called]).blank == 0
+
+
 def test_rankings_count_as_all_their_pairs() -> None:
     report = check_file(
         [{"prompt": "p", "ranking": ["aaa", "bb", "c"]}, {"prompt": "p", "ranking": ["c", "aaa"]}]
