@@ -1,7 +1,9 @@
 """Packed attention beside the padded call that everyone else makes, forward and backward, one layer.
 
 The peer gets its prompts repeated and its rows padded to the longest, and runs torch's SDPA with is_causal.
-FLOPs are those of the packed form (10 E per visible query-key pair and head), so the peer's share is of useful work.
+FLOPs are those of the packed form (14 E per visible query-key pair and head), so the peer's share is of useful work.
+Page faults are half of the time of short segments: run it also with the malloc settings of bench_dpo_step.py (TUNED),
+which is how a training step runs.
 Letters: T tokens, B rows, L longest row, H query heads, K key heads, E head width.
 """
 

@@ -21,16 +21,18 @@ SHAPES = [(2048, 32_000), (512, 128_256)] if not torch.cuda.is_available() else 
 DTYPES = [torch.float32, torch.bfloat16]
 OURS = [f"alignfast {name}" for name, state in report()["token_logps"].items() if state == "available"]
 PROVIDERS = [*OURS, "eager", "compile", "trl", "liger"]
+PEERS = ("trl", "liger", "compile")  # shown with whatever error they have
+Call = Callable[[Tensor, Tensor, bool], tuple[Tensor, ...]]
 
 
 def eager(logits_TV: Tensor, targets_T: Tensor, entropy: bool) -> tuple[Tensor, ...]:
-    """The plain expression, in float32."""
-    logps_TV = logits_TV.float().log_softmax(-1)
+    """The plain expression, in float32 or float64."""
+    logps_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32)).log_softmax(-1)
     picked_T = logps_TV.gather(1, targets_T[:, None])[:, 0]
     return (picked_T, -(logps_TV.exp() * logps_TV).sum(-1)) if entropy else (picked_T,)
 
 
-def provider(name: str) -> Callable[[Tensor, Tensor, bool], tuple[Tensor, ...]]:
+def provider(name: str) -> Call:
     """The same call for everyone: log-probs, and the entropies if asked for."""
     if name.startswith("alignfast"):
 
@@ -65,16 +67,26 @@ def inputs(T: int, V: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def errors(name: str, dtype: torch.dtype, entropy: bool) -> tuple[float, float]:
     """Error against float64 on a few rows, ours and twice the eager one's (plus 2 units in the last place)."""
     logits_TV, targets_T = inputs(32, 4999, dtype)
-    gold = eager_in_double(logits_TV, targets_T)[entropy]
-    got = provider(name)(logits_TV, targets_T, entropy)[int(entropy)]
-    plain = eager(logits_TV, targets_T, entropy)[int(entropy)]
-    allowed = 2 * relative_error(plain, gold) + 2 * torch.finfo(torch.float32).eps
-    return relative_error(got, gold), allowed
+    gold = eager(logits_TV.double(), targets_T, entropy)
+    got = provider(name)(logits_TV, targets_T, entropy)
+    plain = eager(logits_TV, targets_T, entropy)
+    found, allowed = (max(relative_error(x_T, y_T) for x_T, y_T in zip(x, gold)) for x in (got, plain))
+    return found, 2 * allowed + 2 * torch.finfo(torch.float32).eps
 
 
-def eager_in_double(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
-    logps_TV = logits_TV.double().log_softmax(-1)
-    return logps_TV.gather(1, targets_T[:, None])[:, 0], -(logps_TV.exp() * logps_TV).sum(-1)
+def gradient_errors(call: Call, dtype: torch.dtype) -> tuple[float, float]:
+    """The same of the log-probs' gradient, which is in the logits' type."""
+    logits_TV, targets_T = inputs(32, 4999, dtype)
+    upstream_T = torch.linspace(-1, 1, 32, device=device())
+
+    def gradient(call: Call, logits_TV: Tensor) -> Tensor:
+        leaf_TV = logits_TV.requires_grad_()
+        (logps_T, *_) = call(leaf_TV, targets_T, False)
+        return torch.autograd.grad(logps_T, leaf_TV, upstream_T.to(logps_T.dtype))[0]
+
+    gold_TV = gradient(eager, logits_TV.double())
+    found, allowed = (relative_error(gradient(by, logits_TV), gold_TV) for by in (call, eager))
+    return found, 2 * allowed + 2 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("entropy", [False, True], ids=["logps", "logps+entropy"])
@@ -84,7 +96,7 @@ def eager_in_double(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tenso
 def bench_forward(benchmark, name: str, T: int, V: int, dtype: torch.dtype, entropy: bool) -> None:  # type: ignore[no-untyped-def]
     benchmark.group = f"token_logps forward{' with entropy' if entropy else ''}"
     error, allowed = errors(name, dtype, entropy)
-    if name in ("trl", "liger", "compile"):  # peers are shown with whatever error they have
+    if name in PEERS:
         allowed = float("inf")
     call, (logits_TV, targets_T) = provider(name), inputs(T, V, dtype)
     with torch.no_grad():
@@ -106,7 +118,11 @@ def bench_forward_backward(benchmark, name: str, T: int, V: int, dtype: torch.dt
     def step() -> None:
         torch.autograd.grad(call(logits_TV, targets_T, False)[0], logits_TV, upstream_T)
 
-    measure(benchmark, step, provider=name, shape=f"{T} x {V} {dtype}"[:40], moved_bytes=3 * logits_TV.nbytes)
+    error, allowed = gradient_errors(call, dtype)
+    measure(
+        benchmark, step, provider=name, shape=f"{T} x {V} {dtype}"[:40], error=error,
+        allowed_error=float("inf") if name in PEERS else allowed, moved_bytes=3 * logits_TV.nbytes,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -125,4 +141,8 @@ def bench_forward_backward_reused(benchmark, name: str, T: int, V: int, dtype: t
         stats_KT = implementation.forward(logits_TV, targets_T, options)
         implementation.backward(logits_TV, targets_T, stats_KT, dstats_KT, options, out_TV)
 
-    measure(benchmark, step, provider=name, shape=f"{T} x {V} {dtype}"[:40], moved_bytes=3 * logits_TV.nbytes)
+    error, allowed = gradient_errors(provider(name), dtype)
+    measure(
+        benchmark, step, provider=name, shape=f"{T} x {V} {dtype}"[:40], error=error, allowed_error=allowed,
+        moved_bytes=3 * logits_TV.nbytes,
+    )  # fmt: skip
