@@ -6,7 +6,8 @@ is the text between what a model would be asked to continue and what stands when
     start_i = len(common prefix of full and render(m[:i], generation prompt))      end_i = len(render(m[:i + 1]))
 
 which holds only if the template renders earlier messages alike whatever follows them; that is verified for every
-turn, since some templates (Qwen3's, which drops earlier reasoning) rewrite them.
+turn, since some templates (Qwen3's, which drops earlier reasoning) rewrite them. And what is found must hold what the
+assistant says: some templates (SmolVLM's, made for blocks) drop contents that are strings, and leave the end of turn.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def chat_options(row: Row) -> ChatOptions:
     if isinstance(tools, str):
         try:
             tools = json.loads(tools) if tools else None
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"column 'tools' is bad JSON: {error}") from error
     if tools is not None and not isinstance(tools, list):
         raise ValueError(f"column 'tools' must be a list of tools, got {type(tools).__name__}")
@@ -86,7 +87,8 @@ def render_turns(
     as an empty block of thoughts, if a model would have to generate that.
 
     Raises:
-        ValueError: the template refuses the messages, there is no assistant turn, or the turns can't be found.
+        ValueError: the template refuses the messages, there is no assistant turn, the turns can't be found, or they lack
+            what the assistant says.
     """
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
@@ -98,9 +100,46 @@ def render_turns(
                 "the chat template has {% generation %} markers, but marks none of this conversation's assistant "
                 "turns; move the markers around what the assistant says"
             )
-        return text, spans
-    text = render(tokenizer, messages, options)
-    return text, [_turn(tokenizer, messages, options, text, index) for index in turns]
+    else:
+        text = render(tokenizer, messages, options)
+        spans = [_turn(tokenizer, messages, options, text, index) for index in turns]
+    require_contents([messages[index] for index in turns], "".join(text[start:end] for start, end in spans))
+    return text, spans
+
+
+def require_contents(messages: Sequence[Message], text: str) -> None:
+    """Make sure that messages are found in a text, in their order; thoughts before `</think>` may be missing.
+
+    Raises:
+        ValueError: one is not.
+
+    >>> require_contents([{"role": "assistant", "content": "so <think>2+2</think> 4 "}], "4<|im_end|>")
+    >>> require_contents([{"role": "assistant", "content": "4"}], "<|im_end|>")
+    Traceback (most recent call last):
+    ValueError: the chat template drops what the assistant says: '4' is not in '<|im_end|>'; ...
+    """
+    end = 0
+    for message in messages:
+        for piece in _pieces(message):
+            place = text.find(piece, end)
+            if place < 0:
+                raise ValueError(
+                    f"the chat template drops what the {message['role']} says: {_shortened(piece)} is not in "
+                    f"{_shortened(text[end:])}; if it is made for blocks, write contents as [{{'type': 'text', 'text': ...}}], "
+                    "else use a template that renders them"
+                )
+            end = place + len(piece)
+
+
+def _pieces(message: Message) -> list[str]:
+    """What a template must render of a message; the white space around is its own to choose."""
+    content = message.get("content") or ""
+    blocks = [content] if isinstance(content, str) else [block["text"] for block in content]
+    return [piece for block in blocks if (piece := block.rpartition("</think>")[2].strip())]
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
 def _turn(

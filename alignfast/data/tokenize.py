@@ -24,6 +24,7 @@ from alignfast.data.templates import (
     num_alike,
     render,
     render_turns,
+    require_contents,
     tokens_in_spans,
 )
 
@@ -255,7 +256,10 @@ class _Encoder:
             options = chat_options(self.rows[index])
             if turns:
                 return render_turns(self.tokenizer, messages, options)
-            return render(self.tokenizer, messages, options, add_generation_prompt=asking), []
+            text = render(self.tokenizer, messages, options, add_generation_prompt=asking)
+            if not asking:  # earlier turns may be rewritten; the answer itself may not
+                require_contents(messages[-1:], text)
+            return text, []
         except ValueError as error:
             raise DataError(f"{self.rows.where(index)}: {error}") from error
 

@@ -283,7 +283,20 @@ def test_a_tokenizer_without_an_end_token_is_refused(make_tokenizer: MakeTokeniz
 
 
 def test_a_template_error_names_the_row(make_tokenizer: MakeTokenizer) -> None:
-    strict = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}ok"
+    strict = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}" + CHATML
     rows = load_rows([{"messages": CHAT}, {"messages": CHAT[1:]}])
     with pytest.raises(DataError, match=r"list of 2 rows, index 1: .*user first"):
         prepare_sft(rows, make_tokenizer(chat_template=strict), max_length=None)
+
+
+def test_answers_that_the_template_drops_are_an_error_that_names_the_row(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    """Chosen and rejected would be the same: the end of the turn alone."""
+    empty = CHATML.replace("{{ m.content }}", "{% if m.content is not string %}{{ m.content }}{% endif %}")
+    tokenizer = make_tokenizer(chat_template=empty)
+    answers = {"chosen": [assistant("ok")], "rejected": [assistant("he")]}
+    with pytest.raises(DataError, match=r"index 0: the chat template drops what the assistant says: 'ok'"):
+        prepare_preference(load_rows([{"prompt": [user("h")], **answers}]), tokenizer, max_length=None)
+    with pytest.raises(DataError, match=r"index 0: the chat template drops what the assistant says: 'he'"):
+        prepare_sft(load_rows([{"messages": CHAT}]), tokenizer, max_length=None)
