@@ -153,7 +153,7 @@ def test_templates_that_drop_what_is_said_are_refused(make_tokenizer: MakeTokeni
 
 def test_one_turn_does_not_stand_for_another_of_the_same_words(make_tokenizer: MakeTokenizer) -> None:
     kept_only = MARKED.replace("{{ m.content }}<|im_end|>\n{% endgen", "{{ m.content if m.kept }}|{% endgen")
-    with pytest.raises(ValueError, match=r"'ok' is not in '\|'"):
+    with pytest.raises(ValueError, match=r"'ok' is not in '\|\|'"):
         turns(make_tokenizer, kept_only, [{**ANSWER, "kept": True}, ANSWER])
 
 
