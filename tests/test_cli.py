@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -318,6 +319,34 @@ def test_errors_are_one_line(
     said = fails(capsys, code, *words)
     assert part in said
     assert len(said.splitlines()) <= (2 if code == 2 else 1)
+
+
+def test_a_run_without_numbers_ends_with_an_error(
+    tmp_path: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "--model",
+        model_dir,
+        "--train_dataset",
+        pairs_file(tmp_path),
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    said = fails(capsys, 1, "dpo", *words, *QUICK, "--max_steps", "9", "--learning_rate", "1e30")
+    assert "3 steps in a row gave no number" in said
+
+
+def test_options_in_the_readme_exist() -> None:
+    """Every `alignfast COMMAND ... --option` that README shows."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    shown = re.findall(r"^alignfast (\w+) ([^#\n]*--[^#\n]*)", readme, re.MULTILINE)
+    assert shown
+    for command, rest in shown:
+        help_text = subprocess.run(
+            [sys.executable, "-m", "alignfast", command, "--help"], capture_output=True, text=True
+        ).stdout
+        for option in re.findall(r"--\w+", rest):
+            assert option in help_text, f"alignfast {command} has no {option}"
 
 
 def test_debug_shows_where_it_came_from(capsys: pytest.CaptureFixture[str]) -> None:

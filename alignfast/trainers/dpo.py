@@ -13,7 +13,7 @@ from alignfast.trainers.batches import Counts, num_predictions
 from alignfast.trainers.config import TrainerConfig, config
 from alignfast.trainers.loop import Trainer
 from alignfast.trainers.metrics import Metrics, means
-from alignfast.trainers.reference import FrozenModel, Reference, make_reference
+from alignfast.trainers.reference import FrozenModel, NoReference, Reference, Table, make_reference
 
 
 @config
@@ -120,6 +120,7 @@ class DPOTrainer(Trainer):
     def before_training(self) -> None:
         """Take the reference while the model still is it."""
         self.reference = make_reference(self, self.ref_model)
+        self.forwards_beside = int(not isinstance(self.reference, (NoReference, Table)))
 
     def compute_loss(self, batch: Batch, counts: Counts, router_weight: float) -> tuple[Tensor, Metrics]:
         """The preference loss, a mean over the step's pairs."""

@@ -40,7 +40,7 @@ def describe_run(trainer: Trainer) -> str:
 def _memory(trainer: Trainer, computed: int) -> float:
     """Bytes: weights, gradients, AdamW's moments, and the activations of one micro-batch."""
     args = trainer.args
-    weights = sum(_bytes(p) for module in trainer.modules_in_memory for p in module.parameters())
+    weights, *beside = (sum(map(_bytes, module.parameters())) for module in trainer.modules_in_memory)
     trained = sum(_bytes(p) for p in trainer.module.parameters() if p.requires_grad)
     tokens = args.max_tokens_per_batch or computed * args.per_device_train_batch_size / trainer.plan.num_rows
     sizes = trainer.module.base.config.get_text_config()
@@ -48,7 +48,8 @@ def _memory(trainer: Trainer, computed: int) -> float:
     # With checkpointing a layer keeps its input alone, and one layer at a time is computed again.
     kept = layers + _KEPT_BY_LAYER if args.gradient_checkpointing else layers * _KEPT_BY_LAYER
     activations = tokens * kept * getattr(sizes, "hidden_size", 0) * _dtype(trainer).itemsize
-    return (weights + 3 * trained) / (trainer.accelerator.num_processes if args.fsdp else 1) + activations
+    ranks = trainer.accelerator.num_processes if args.fsdp else 1  # which share the trained model alone
+    return (weights + 3 * trained) / ranks + sum(beside) + activations
 
 
 def _bytes(parameter: nn.Parameter) -> int:
@@ -69,7 +70,8 @@ def _time(trainer: Trainer, tokens: float) -> str:
     parameters = sum(p.numel() for p in trainer.module.parameters())
     trained = sum(p.numel() for p in trainer.module.parameters() if p.requires_grad)
     # Per token and parameter 2 FLOPs forward, 2 back through the activations, 2 for a trained weight's gradient.
-    flops = tokens * (parameters * (6 if args.gradient_checkpointing else 4) + 2 * trained)
+    passes = (6 if args.gradient_checkpointing else 4) + 2 * trainer.forwards_beside
+    flops = tokens * (parameters * passes + 2 * trained)
     seconds = flops / (2 * _GEMM**3 / best) / _SHARE_OF_GEMM / trainer.accelerator.num_processes
     return f"{duration(seconds)} of training steps"
 

@@ -64,7 +64,7 @@ class Trainer:
     """
 
     config_class: ClassVar[type[TrainerConfig]]
-
+    forwards_beside = 0  # passes over a batch's tokens beside the trained one
     args: Any  # a config_class
     module: Policy  # the model with its log-probs
     policy: Any  # the module as it is called: in DDP, FSDP2 or autocast; None before the first use

@@ -23,7 +23,7 @@ def make_accelerator(config: TrainerConfig) -> Accelerator:
     """Ranks, device and mixed precision, from the config and from the launcher's environment.
 
     Raises:
-        ValueError: sharding is asked of accelerate's launcher, of a single rank, or together with fp16.
+        ValueError: the device is neither a CPU nor a CUDA GPU; sharding is asked of accelerate's launcher, of a single rank, or together with fp16.
         RuntimeError: not all ranks that the launcher started are seen.
     """
     for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
@@ -46,6 +46,11 @@ def make_accelerator(config: TrainerConfig) -> Accelerator:
     cpu = config.use_cpu or not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=cpu, mixed_precision=precision)
     accelerator.gradient_accumulation_steps = 1  # our losses are divided by the whole step's counts already
+    if accelerator.device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"training runs on CPUs and CUDA GPUs, and this machine's device is {accelerator.device.type}: set "
+            "use_cpu=True"
+        )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
         raise RuntimeError(

@@ -80,6 +80,12 @@ _MODELS: dict[str, tuple[str, str, dict]] = {
             "ffn_dim": 48,
         },
     ),
+    "phi": ("PhiForCausalLM", "PhiConfig", {**_LLAMA_LIKE, "num_key_value_heads": 4}),  # its head has a bias
+    "bloom": (
+        "BloomForCausalLM",
+        "BloomConfig",
+        {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    ),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**_LLAMA_LIKE, "num_local_experts": 4}),
     "lfm2": ("Lfm2ForCausalLM", "Lfm2Config", {**_LLAMA_LIKE, "layer_types": ["conv", "full_attention"]}),
     "falcon_h1": (
@@ -102,8 +108,9 @@ _MODELS: dict[str, tuple[str, str, dict]] = {
     ),
 }
 
-PACKABLE = [name for name in _MODELS if name not in ("lfm2", "falcon_h1", "gpt_oss")]
-REFUSED = ["lfm2", "falcon_h1", "gpt_oss"]
+# Convolutions; state spaces; attention sinks; attention that does not go through transformers' interface.
+REFUSED = ["lfm2", "falcon_h1", "gpt_oss", "bloom"]
+PACKABLE = [name for name in _MODELS if name not in REFUSED]
 
 
 def make(name: str, dtype: torch.dtype = torch.float64, attention: str | None = None) -> PreTrainedModel:
@@ -114,9 +121,11 @@ def make(name: str, dtype: torch.dtype = torch.float64, attention: str | None = 
     build: Callable = getattr(tf, model_class)
     model = build(config)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for key, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.mul_(4)
+            elif key.endswith("bias"):
+                parameter.normal_(std=0.1)
     if hasattr(model, "num_experts"):
         model.set_experts_implementation("eager")  # the grouped one has no float64
     if attention is not None:

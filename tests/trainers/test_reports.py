@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -184,7 +186,9 @@ def test_a_bar_on_a_terminal(monkeypatch, capsys):
         assert report.bar is not None
         report.log({"loss": 0.5, "tokens_per_second": 1234.0}, 5.0)
         report.advance(3)
-    assert "3/10" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    for part in ("3/10", "loss 0.5", "1,234 tokens/s", "left"):
+        assert part in shown
     with ProgressReport(10, 0, bar=False, silent=False) as report:  # disable_tqdm
         assert report.bar is None
 
@@ -210,6 +214,36 @@ def test_model_card(tmp_path):
     assert header == {"library_name": "transformers", "tags": ["alignfast", "sft"]}
     assert "# little" in card
     assert "4 steps" in card
+
+
+def test_the_hub_gets_the_model_and_not_the_checkpoints(tmp_path, monkeypatch):
+    calls = {}
+
+    class Hub:
+        def __init__(self, token):
+            calls["token"] = token
+
+        def create_repo(self, name, **options):
+            calls["repo"] = (name, options)
+            return SimpleNamespace(repo_id=f"me/{name}")
+
+        def upload_folder(self, repo_id, folder_path, ignore_patterns):
+            patterns = [fnmatch.filter([str(p.relative_to(folder_path)) for p in folder_path.rglob("*")], ignored)
+                        for ignored in ignore_patterns]  # fmt: skip
+            left_out = {name for names in patterns for name in names}
+            files = {str(p.relative_to(folder_path)) for p in folder_path.rglob("*") if p.is_file()}
+            calls["upload"] = (repo_id, files - left_out)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    options = dict(push_to_hub=True, hub_model_id="little", hub_private_repo=True, hub_token="secret")
+    make(tmp_path, save_strategy="steps", save_steps=2, **options).train()
+    assert calls["token"] == "secret"
+    assert calls["repo"] == ("little", {"private": True, "exist_ok": True})
+    repo, files = calls["upload"]
+    assert repo == "me/little"
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= files
+    assert not any(name.startswith("checkpoints/") for name in files)
+    assert "secret" not in "".join((tmp_path / name).read_text() for name in ("README.md", "config.yaml"))
 
 
 def test_pushing_offline_says_so(tmp_path, monkeypatch):
