@@ -1,4 +1,6 @@
-"""packed_attention by torch's varlen flash attention, which knows neither trees nor prompts: in parts, merged.
+"""packed_attention by varlen flash attention, which knows neither trees nor prompts: in parts, merged.
+
+flash-attn 2 where it is installed, which has grouped heads and softcaps; torch's own build of it otherwise.
 
     lse = log(e^lse_1 + e^lse_2)        out = e^(lse_1 - lse) out_1 + e^(lse_2 - lse) out_2
 
@@ -10,8 +12,11 @@ Letters: T tokens of the row, H query heads, K key heads, E head width; N keys o
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,11 +39,19 @@ class Part(NamedTuple):
 
 
 def takes(query_THE: Tensor, options: AttentionOptions) -> bool:
-    """Whether flash attention can: 16-bit tensors on a GPU, heads up to 256 wide, no softcap in torch's build."""
+    """Whether flash attention can: 16-bit tensors on a GPU, heads of 8 to 256 by eights, no softcap in torch's build."""
     sixteen_bit = query_THE.dtype in (torch.bfloat16, torch.float16)
-    return (
-        query_THE.device.type == "cuda" and sixteen_bit and query_THE.shape[2] <= 256 and not options.softcap
-    )
+    width = query_THE.shape[2]
+    fits = query_THE.device.type == "cuda" and sixteen_bit and width <= 256 and width % 8 == 0
+    return fits and (not options.softcap or flash_attn_2() is not None)
+
+
+@cache
+def flash_attn_2() -> Any:
+    """flash-attn 2's functions, or None where it is not installed."""
+    if importlib.util.find_spec("flash_attn_2_cuda") is None:
+        return None
+    return importlib.import_module("flash_attn.flash_attn_interface")
 
 
 def parts_of(layout: PackedLayout, window: int, device: torch.device) -> list[Part]:
@@ -131,6 +144,13 @@ def backward(
 def _attend(
     query_THE: Tensor, key_NKE: Tensor, value_NKE: Tensor, part: Part, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
+    theirs = flash_attn_2()
+    if theirs is not None:
+        out_THE, lse_HT, *_ = theirs._flash_attn_varlen_forward(
+            query_THE, key_NKE, value_NKE, *_lengths(part, query_THE.device),
+            dropout_p=0.0, softmax_scale=options.scale, causal=part.causal, softcap=options.softcap, **_window(part),
+        )  # fmt: skip
+        return out_THE, lse_HT
     out_THE, lse_HT, *_ = torch.ops.aten._flash_attention_forward(
         query_THE, *_repeated(query_THE, key_NKE, value_NKE), *_lengths(part, query_THE.device),
         0.0, part.causal, False, scale=options.scale, **_window(part),
@@ -148,6 +168,19 @@ def _attend_backward(
     part: Part,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    theirs = flash_attn_2()
+    if theirs is not None:
+        gradients = tuple(
+            torch.empty_like(x, memory_format=torch.contiguous_format)
+            for x in (query_THE, key_NKE, value_NKE)
+        )
+        theirs._flash_attn_varlen_backward(
+            dout_THE.contiguous(), query_THE, key_NKE, value_NKE, out_THE, lse_HT.contiguous(), *gradients,
+            *_lengths(part, query_THE.device), dropout_p=0.0, softmax_scale=options.scale, causal=part.causal,
+            softcap=options.softcap, alibi_slopes=None,
+            deterministic=torch.are_deterministic_algorithms_enabled(), **_bounds(part),
+        )  # fmt: skip
+        return gradients
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=query_THE.device)
     dquery_THE, *dkey_value = torch.ops.aten._flash_attention_backward(
         dout_THE.contiguous(), query_THE, *_repeated(query_THE, key_NKE, value_NKE), out_THE, lse_HT.contiguous(),
@@ -184,4 +217,10 @@ def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 def _window(part: Part) -> dict[str, int]:
-    return {"window_size_left": part.window - 1, "window_size_right": 0} if part.window else {}
+    return _bounds(part) if part.window else {}
+
+
+def _bounds(part: Part) -> dict[str, int]:
+    """How far a query sees back and ahead; -1 is no limit."""
+    left, right = (part.window - 1, 0) if part.window else (-1, -1)
+    return {"window_size_left": left, "window_size_right": right}

@@ -6,6 +6,7 @@ Letters: T tokens, H query heads, K key heads, E head width, N another number of
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,3 +74,88 @@ def test_flash_parts_merge_to_the_definition(
     gradients = packed_attention_flash.backward(dout_THE, *leaves, out_THE, lse_HT, layout, options)
     for actual, expected in zip((out_THE, *gradients), wanted, strict=True):
         assert (actual - expected).abs().max() <= 1e-12
+
+
+class FlashAttn2:
+    """flash_attn.flash_attn_interface of flash-attn 2.7 and 2.8: their parameters, dense arithmetic."""
+
+    @staticmethod
+    def _flash_attn_varlen_forward(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+        max_seqlen_k: int, dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int = -1,
+        window_size_right: int = -1, softcap: float = 0.0, alibi_slopes: Tensor | None = None,
+        return_softmax: bool = False, block_table: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        part, options = FlashAttn2.read(
+            cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size_left,
+            window_size_right,
+        )  # fmt: skip
+        return (*dense_part(q, k, v, part, options), torch.empty(0), torch.empty(2))
+
+    @staticmethod
+    def _flash_attn_varlen_backward(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor, dk: Tensor,
+        dv: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+        dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int, window_size_right: int,
+        softcap: float, alibi_slopes: Tensor | None, deterministic: bool, rng_state: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        part, options = FlashAttn2.read(
+            cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size_left,
+            window_size_right,
+        )  # fmt: skip
+        gradients = dense_part_backward(dout, q, k, v, out, softmax_lse, part, options)
+        for to, gradient in zip((dq, dk, dv), gradients, strict=True):
+            assert to.shape == gradient.shape
+            to.copy_(gradient)
+        return torch.empty(0)
+
+    @staticmethod
+    def read(
+        cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, scale: float,
+        causal: bool, left: int, right: int,
+    ) -> tuple[Any, Any]:  # fmt: skip
+        query_lengths, key_lengths = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+        assert (max(query_lengths), max(key_lengths)) == (max_seqlen_q, max_seqlen_k)
+        assert right == (-1 if left == -1 else 0)
+        part = SimpleNamespace(
+            query_lengths=query_lengths, key_lengths=key_lengths, causal=causal, window=left + 1
+        )
+        return part, SimpleNamespace(scale=scale)
+
+
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_flash_attn_2_is_called_as_it_wants(
+    layout: PackedLayout, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is installed: grouped heads go in as they are, bounds and lengths by its names."""
+    monkeypatch.setattr(packed_attention_flash, "flash_attn_2", lambda: FlashAttn2)
+    leaves = inputs(layout.num_tokens, (4, 2, 8), torch.float64)
+    dout_THE = torch.randn(leaves[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    wanted = c.values_and_gradients(
+        lambda *x: textbook(*x, layout, window=window or None), leaves, [dout_THE]
+    )
+    options = AttentionOptions(8**-0.5, window)
+    out_THE, lse_HT = packed_attention_flash.forward(*leaves, layout, options)
+    gradients = packed_attention_flash.backward(dout_THE, *leaves, out_THE, lse_HT, layout, options)
+    for actual, expected in zip((out_THE, *gradients), wanted, strict=True):
+        assert (actual - expected).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("installed", "width", "softcap", "taken"),
+    [
+        (False, 64, 0.0, True),
+        (False, 64, 5.0, False),
+        (True, 64, 5.0, True),
+        (True, 60, 0.0, False),
+        (True, 264, 0.0, False),
+    ],
+)
+def test_what_flash_attention_takes(
+    installed: bool, width: int, softcap: float, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_attention_flash, "flash_attn_2", lambda: FlashAttn2 if installed else None)
+    query = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(5, 4, width))
+    assert packed_attention_flash.takes(query, AttentionOptions(0.1, 0, softcap)) == taken  # type: ignore[arg-type]
