@@ -11,6 +11,7 @@ from alignfast.commands.parser import UsageError, parse_options
 from alignfast.commands.samples import first_prompts, write_samples
 
 if TYPE_CHECKING:
+    from alignfast.data import HubDataset
     from alignfast.trainers.loop import Trainer
 
 
@@ -30,6 +31,12 @@ class RunOptions:
     """The same, under TRL's name."""
     eval_dataset: str | None = None
     """Held-out rows; evaluated every eval_steps, and at the end."""
+    dataset_config: str | None = None
+    """Config of datasets from the hub that have several, e.g. `main` of openai/gsm8k."""
+    dataset_train_split: str = "train"
+    """Split that is trained on, of a dataset from the hub."""
+    dataset_test_split: str = "test"
+    """Split that is held out, where eval_dataset is one from the hub."""
     use_peft: bool = False
     """Train LoRA adapters, not the weights themselves."""
     lora_r: int = 16
@@ -81,14 +88,15 @@ def run(command: str, argv: Sequence[str]) -> None:
         from alignfast.trainers.dpo import DPOConfig, DPOTrainer
 
         run_options, reference, config = parse_options(command, argv, RunOptions, ReferenceOptions, DPOConfig)
-        trainer: Trainer = DPOTrainer(args=config, ref_model=reference.ref_model, **_parts(run_options))
+        parts = _parts(run_options)
+        trainer: Trainer = DPOTrainer(args=config, ref_model=reference.ref_model, **parts)
     else:
         from alignfast.trainers.sft import SFTConfig, SFTTrainer
 
         run_options, config = parse_options(command, argv, RunOptions, SFTConfig)
-        trainer = SFTTrainer(args=config, **_parts(run_options))
-    source = run_options.eval_dataset or run_options.train_dataset or run_options.dataset_name
-    samples = first_prompts(source, run_options.sample_prompts)
+        parts = _parts(run_options)
+        trainer = SFTTrainer(args=config, **parts)
+    samples = first_prompts(parts["eval_dataset"] or parts["train_dataset"], run_options.sample_prompts)
     if not run_options.resume:
         write_samples(trainer, samples)
     trainer.train(resume_from_checkpoint=True if run_options.resume else None)
@@ -115,17 +123,44 @@ def _evaluate_at_the_end(trainer: Trainer) -> None:
 
 def _parts(options: RunOptions) -> dict[str, Any]:
     model = _required(options, "model", "model_name_or_path")
-    train_dataset = _required(options, "train_dataset", "dataset_name")
-    for file in (train_dataset, options.eval_dataset):
-        if file is not None and file.endswith((".jsonl", ".json", ".parquet")) and not Path(file).is_file():
-            raise ValueError(f"{file}: there is no such file")  # said before the model is loaded
+    train_dataset = _source(
+        _required(options, "train_dataset", "dataset_name"), "dataset_train_split", options
+    )
+    eval_dataset = _source(options.eval_dataset, "dataset_test_split", options)
+    files_alone = all(source is None or isinstance(source, str) for source in (train_dataset, eval_dataset))
+    if options.dataset_config and files_alone:
+        raise UsageError(
+            f"dataset_config is for datasets from the hub, got {options.dataset_config!r} for files"
+        )
     return {
         "model": model,
         "train_dataset": train_dataset,
-        "eval_dataset": options.eval_dataset,
+        "eval_dataset": eval_dataset,
         "processing_class": options.tokenizer,
         "peft_config": options.peft_config,
     }
+
+
+def _source(name: str | None, split_option: str, options: RunOptions) -> str | HubDataset | None:
+    """A file's path as it is; a dataset of the hub with its config and split.
+
+    Raises:
+        UsageError: a split is given for what is no dataset of the hub.
+        ValueError: there is no such file.
+    """
+    from alignfast.data import HubDataset
+    from alignfast.data.sources import means_file
+
+    split = getattr(options, split_option)
+    if name is not None and not means_file(name):
+        return HubDataset(name, options.dataset_config, split)
+    if split != getattr(RunOptions, split_option):
+        raise UsageError(
+            f"{split_option} is for a dataset from the hub, got {split!r} for {name or 'no eval_dataset'}"
+        )
+    if name is not None and not Path(name).expanduser().is_file():
+        raise ValueError(f"{name}: there is no such file")  # said before the model is loaded
+    return name
 
 
 def _required(options: RunOptions, name: str, other: str) -> str:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import datasets
 import pytest
 
+from alignfast.commands.parser import UsageError, parse_options
+from alignfast.commands.train import RunOptions, _parts
 from alignfast.data import DataError, HubDataset, load_rows
 
 GOOD = {"prompt": "a", "completion": "b"}
@@ -54,3 +59,56 @@ def test_a_hub_out_of_reach_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         load_rows("someone/pairs")
     with pytest.raises(DataError, match=r"\(config 'main', split 'train'\) failed"):
         load_rows("someone/pairs", config="main")
+
+
+def parts(*flags: str) -> dict[str, Any]:
+    """What `alignfast sft FLAGS` hands its trainer."""
+    (options,) = parse_options("sft", ["--model", "m", *flags], RunOptions)
+    return _parts(options)
+
+
+def test_config_and_splits_on_the_command_line(asked: list[tuple[str, str | None, str]]) -> None:
+    found = parts(
+        *(
+            "--dataset_name",
+            "openai/gsm8k",
+            "--dataset_config",
+            "main",
+            "--dataset_train_split",
+            "train[:10]",
+        ),
+        *("--eval_dataset", "openai/gsm8k"),
+    )
+    for source in (found["train_dataset"], found["eval_dataset"]):
+        load_rows(source)
+    assert asked == [("openai/gsm8k", "main", "train[:10]"), ("openai/gsm8k", "main", "test")]
+
+
+def test_files_stay_files(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("")
+    found = parts("--train_dataset", str(path), "--eval_dataset", "someone/pairs")
+    assert found["train_dataset"] == str(path)
+    assert found["eval_dataset"] == HubDataset("someone/pairs", None, "test")
+    with pytest.raises(ValueError, match=r"missing\.jsonl: there is no such file"):
+        parts("--train_dataset", str(tmp_path / "missing.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--dataset_config", "main"), "dataset_config is for datasets from the hub, got 'main' for files"),
+        (
+            ("--dataset_train_split", "dev"),
+            "dataset_train_split is for a dataset from the hub, got 'dev' for",
+        ),
+        (("--dataset_test_split", "dev"), "dataset_test_split is .*, got 'dev' for no eval_dataset"),
+    ],
+)
+def test_configs_and_splits_of_files_are_refused(
+    tmp_path: Path, flags: tuple[str, ...], message: str
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("")
+    with pytest.raises(UsageError, match=message):
+        parts("--train_dataset", str(path), *flags)
