@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import struct
+from pathlib import Path
 from types import ModuleType
 
+import emulated_cuda
 import pytest
 import torch
 from torch import Tensor
@@ -49,6 +51,24 @@ def test_a_missing_barrier_is_seen(emulated: ModuleType) -> None:
 
 def test_shared_memory_starts_as_garbage(emulated: ModuleType) -> None:
     assert reverse(UNWRITTEN).isnan().all()
+
+
+# What g++ 9 to 11 say of the flag that they lack.
+REFUSING = """#!/bin/sh
+case "$*" in *trivial-auto-var-init*) echo "error: unrecognized command line option" >&2; exit 1;; esac
+"""
+
+
+@pytest.mark.parametrize(("script", "known"), [(REFUSING, False), ("#!/bin/sh\n", True)])
+def test_a_compiler_without_garbage_locals_builds_without_them(
+    tmp_path: Path, script: str, known: bool
+) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text(script)
+    compiler.chmod(0o755)
+    flags = emulated_cuda.flags(str(compiler))
+    assert (emulated_cuda.GARBAGE_LOCALS in flags) == known
+    assert set(emulated_cuda.FLAGS) - set(flags) <= {emulated_cuda.GARBAGE_LOCALS}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -16,7 +16,7 @@ import emulated_cuda
 import pytest
 
 # Left out: what asks for CPU threads or instruction sets, traces through the compiler alone, or takes minutes of
-# emulation (heads 256 wide over 600 tokens). packed_attention's random inputs are in test_packed_attention_emulated.py,
+# emulation (heads 256 wide over 600 tokens). packed_attention's random inputs are in test_kernels.py,
 # with a peer that rounds where tensor cores make every flash attention round.
 SUITES = {
     "test_token_logps.py": ("native and not threads", 30),

@@ -9,6 +9,7 @@ The library is kept under build/, by a hash of its sources; compiling takes some
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.machinery
@@ -30,10 +31,12 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 NAME = "_cuda_emulated"
 # The sanitizers end the process with a line that says where: a vector load off its 16 bytes, an index beyond an
-# array, an offset that overflows 32 bits. Locals start as garbage, so that none is read before it is written.
+# array, an offset that overflows 32 bits. Locals start as garbage, so that none is read before it is written, where
+# the compiler can (GCC from 12 on); older ones build the same without it.
+GARBAGE_LOCALS = "-ftrivial-auto-var-init=pattern"
 FLAGS = (
     "-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing",
-    "-ftrivial-auto-var-init=pattern", "-fsanitize=alignment,bounds,shift,signed-integer-overflow",
+    GARBAGE_LOCALS, "-fsanitize=alignment,bounds,shift,signed-integer-overflow",
     "-fno-sanitize-recover=all", f"-DALIGNFAST_MODULE={NAME}", f"-I{HERE}", f"-I{pybind11.get_include()}",
     f"-I{sysconfig.get_path('include')}",
 )  # fmt: skip
@@ -45,6 +48,14 @@ def sources() -> list[Path]:
     return [ROOT / "csrc" / "module.cpp", *kernels, HERE / "emulator.cpp", HERE / "samples.cu"]
 
 
+@functools.lru_cache
+def flags(compiler: str) -> tuple[str, ...]:
+    """`FLAGS`, as far as a compiler knows them."""
+    probe = [compiler, GARBAGE_LOCALS, "-x", "c++", "-fsyntax-only", "/dev/null"]
+    known = subprocess.run(probe, capture_output=True, check=False).returncode == 0
+    return FLAGS if known else tuple(flag for flag in FLAGS if flag != GARBAGE_LOCALS)
+
+
 def build() -> Path:
     """The emulated extension, compiled unless these very sources were before.
 
@@ -53,7 +64,7 @@ def build() -> Path:
     """
     compiler = os.environ.get("CXX", "g++")
     headers = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.cuh"), *HERE.glob("*.h")]
-    digest = hashlib.sha256(repr((compiler, FLAGS, sys.version)).encode())
+    digest = hashlib.sha256(repr((compiler, flags(compiler), sys.version)).encode())
     for path in sorted([*sources(), *headers]):
         digest.update(path.read_bytes())
     folder = ROOT / "build" / f"emulated-{digest.hexdigest()[:16]}"
@@ -63,13 +74,13 @@ def build() -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     objects = [folder / f"{path.stem}.{os.getpid()}.o" for path in sources()]
     commands = [
-        [compiler, *FLAGS, "-x", "c++", "-c", str(path), "-o", str(to)]
+        [compiler, *flags(compiler), "-x", "c++", "-c", str(path), "-o", str(to)]
         for path, to in zip(sources(), objects)
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(_run, commands))
     partial = folder / f"{NAME}.{os.getpid()}.so"
-    _run([compiler, "-shared", *FLAGS, *map(str, objects), "-o", str(partial)])
+    _run([compiler, "-shared", *flags(compiler), *map(str, objects), "-o", str(partial)])
     partial.rename(library)  # whole or absent, should two builds run at once
     for path in objects:
         path.unlink()
