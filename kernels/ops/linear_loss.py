@@ -26,7 +26,7 @@ from torch import Tensor
 
 from alignfast.kernels._autograd import only_once
 from alignfast.kernels._backend import resolve
-from alignfast.kernels._head import Head, autocast_head, check_head, chunk_rows_for
+from alignfast.kernels._head import Head, autocast_head, check_head, chunk_rows_for, loss_scale
 from alignfast.kernels._targets import check_targets
 from alignfast.kernels._workspace import workspace
 from alignfast.kernels.token_logps import IS_TOP1, STATS, RowOptions, row_options
@@ -89,7 +89,8 @@ def linear_loss(
         (loss, metrics): a float32 scalar that backpropagates to hidden states, weight and bias; detached metrics.
 
     Raises:
-        ValueError: shapes, types or options do not fit, or a CPU target lies outside the vocabulary.
+        ValueError: shapes, types or options do not fit, a CPU target lies outside the vocabulary, or what `loss_fn`
+            returned is not of 0-d tensors.
         RuntimeError: `loss_fn` captured a tensor that wants a gradient; the named backend can't run; the result is
             differentiated twice.
 
@@ -101,18 +102,23 @@ def linear_loss(
     hidden_TD, weight_VD, bias_V = autocast_head(hidden_TD, weight_VD, bias_V)
     check_head(hidden_TD, weight_VD, targets_T, bias_V)
     options = row_options(scale, softcap, temperature, ignore_index, tuple(stats))
+    if not stats:
+        raise ValueError(
+            f"stats is empty, so the loss would have nothing to be of; name one of {', '.join(STATS)}"
+        )
     implementation = resolve("token_logps", hidden_TD.device, hidden_TD.dtype, backend)
     check_targets(targets_T, weight_VD.shape[0], ignore_index)
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be >= 1, got {chunk_rows}")
     units = plan(len(targets_T), group_sizes, chunk_rows or chunk_rows_for(hidden_TD, weight_VD.shape[0]))
-    wants = [
-        x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden_TD, weight_VD, bias_V)
-    ]
+    grad_enabled = torch.is_grad_enabled()
+    wants = [x is not None and x.requires_grad and grad_enabled for x in (hidden_TD, weight_VD, bias_V)]
     # The types are chosen by now; under autocast every product would cast its operands again
     with torch.no_grad(), torch.autocast(hidden_TD.device.type, enabled=False):
         head = Head(hidden_TD, weight_VD, bias_V, tuple(wants))  # type: ignore[arg-type]
-        walk = _Walk(head, targets_T, loss_fn, tuple(stats), options, implementation, any(wants))
+        walk = _Walk(
+            head, targets_T, loss_fn, tuple(stats), options, implementation, any(wants), grad_enabled
+        )
         loss, metrics = walk.run(units)
     if any(wants):
         loss = _WithGradients.apply(loss, hidden_TD, weight_VD, bias_V, *head.gradients())
@@ -152,46 +158,59 @@ def _pieces(start: int, stop: int, chunk_rows: int) -> list[slice]:
 
 
 class _Pending(NamedTuple):
-    """A tile whose statistics went through the loss, and that has yet to be multiplied back."""
+    """Rows whose statistics went through the loss, and that have yet to be multiplied back."""
 
     rows: slice
     tile_NV: Tensor
+    formed: bool  # whether the tile holds the logits of all these rows; else they are formed again, piece by piece
     stats_KN: Tensor
     dstats_KN: Tensor
     active: _Active
+
+
+def _reads_late(device: torch.device) -> bool:
+    """Whether the host runs ahead of the device, so that to read a number is to wait for all work before it."""
+    return device.type == "cuda"
+
+
+class _Late:
+    """A number on its way from the device to the host, behind the work that was queued before."""
+
+    def __init__(self, number: Tensor) -> None:
+        self._pinned = torch.empty((), dtype=number.dtype, pin_memory=True)
+        self._pinned.copy_(number, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def read(self) -> int:
+        """The number, once that work is done; what was queued later goes on."""
+        self._event.synchronize()
+        return int(self._pinned)
 
 
 class _Active:
     """Which rows of a chunk have a gradient at all. On a GPU the count crosses to the host behind later work."""
 
     def __init__(self, dstats_KN: Tensor, ignored_N: Tensor) -> None:
-        self._all = len(dstats_KN[0])
+        self._all, self._late, self._index_N = len(ignored_N), None, None
         if torch.compiler.is_compiling():
-            self._index_N = None  # a count that depends on data would break the graph: take every row
-            return
-        self._event = None
+            return  # a count that depends on data would break the graph: take every row
         differentiable_KN = dstats_KN[[k for k in range(len(STATS)) if k != IS_TOP1]]
         active_N = (differentiable_KN != 0).any(0) & ~ignored_N
-        if active_N.device.type == "cpu":
-            self._index_N = active_N.nonzero()[:, 0]
-            self._count = torch.tensor(len(self._index_N))
-        else:
+        if _reads_late(active_N.device):
             self._index_N = (
                 (~active_N).to(torch.uint8).argsort(stable=True)
             )  # the active ones first, in order
-            self._count = torch.empty((), dtype=torch.int64, pin_memory=True)
-            self._count.copy_(active_N.sum(), non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+            self._late = _Late(active_N.sum())
+        else:
+            self._index_N = active_N.nonzero()[:, 0]
 
     def rows(self) -> Tensor | None:
         """Index of the active rows within the chunk; None where that is all of them."""
-        if self._index_N is None:
-            return None
-        if self._event is not None:
-            self._event.synchronize()
-        count = int(self._count)
-        return None if count == self._all else self._index_N[:count]
+        index_N = self._index_N
+        if self._late is not None:
+            index_N = index_N[: self._late.read()]
+        return None if index_N is None or len(index_N) == self._all else index_N
 
 
 class _Walk:
@@ -206,9 +225,11 @@ class _Walk:
         options: RowOptions,
         implementation: Any,
         differentiate: bool,
+        grad_enabled: bool,
     ) -> None:
         self.head, self.targets_T, self.loss_fn, self.fields = head, targets_T, loss_fn, fields
-        self.options, self.implementation, self.differentiate = options, implementation, differentiate
+        self.options, self.implementation = options, implementation
+        self.differentiate, self.grad_enabled = differentiate, grad_enabled
         self.loss: Tensor | None = None
         self.metrics: Metrics = {}
 
@@ -217,29 +238,23 @@ class _Walk:
         device, vocabulary = self.targets_T.device, self.head.weight_VD.shape[0]
         longest = max(piece.stop - piece.start for unit in units for piece in unit)
         # On a GPU a chunk is multiplied back while the next one's statistics run, so that the host never waits
-        # for its count of active rows; that takes a second tile.
-        num_tiles = 2 if device.type == "cuda" and self.differentiate else 1
+        # for its count of active rows (but for the last one's); that takes a second tile.
+        num_tiles = 2 if _reads_late(device) and self.differentiate else 1
         pending: deque[_Pending] = deque()
         with ExitStack() as stack:
             tiles = [
                 stack.enter_context(workspace((longest, vocabulary), self.head.compute, device))
                 for _ in range(num_tiles)
             ]
-            for number, unit in enumerate(units):
-                tile_NV = tiles[number % num_tiles]
-                if len(unit) > 1:
-                    while pending:
-                        self._multiply_back(pending.popleft())
-                    self._two_passes(unit, tile_NV)
-                    continue
-                rows = unit[0]
-                tile_NV = tile_NV[: rows.stop - rows.start]
-                stats_KN = self._statistics(rows, tile_NV)
+            for number, pieces in enumerate(units):
+                tile_NV, rows = tiles[number % num_tiles], slice(pieces[0].start, pieces[-1].stop)
+                # A group too large for the tile takes two passes: the statistics of every piece, and each again
+                parts = [self._statistics(piece, tile_NV[: piece.stop - piece.start]) for piece in pieces]
+                stats_KN = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
                 dstats_KN = self._apply_loss(stats_KN, rows)
                 if self.differentiate:
-                    pending.append(
-                        _Pending(rows, tile_NV, stats_KN, dstats_KN, self._active(rows, dstats_KN))
-                    )
+                    active = _Active(dstats_KN, self.targets_T[rows] == self.options.ignore_index)
+                    pending.append(_Pending(rows, tile_NV, len(parts) == 1, stats_KN, dstats_KN, active))
                     if len(pending) == num_tiles:
                         self._multiply_back(pending.popleft())
             while pending:
@@ -256,38 +271,30 @@ class _Walk:
 
         def on_values(*values: Tensor) -> tuple[Tensor, Metrics]:
             loss, metrics = self.loss_fn(Stats(**dict(zip(self.fields, values))), rows)
-            if loss.ndim:
-                raise ValueError(
-                    f"loss_fn must return a 0-d loss, summed over its rows; got {tuple(loss.shape)}"
-                )
+            _check_scalars({"loss": loss, **metrics})
             return loss, metrics
 
         values = tuple(stats_KN[STATS.index(field)] for field in self.fields)
-        if self.differentiate:
-            with torch.enable_grad():  # so that a captured tensor that wants a gradient shows in the loss
+        dvalues: tuple[Tensor, ...] = ()
+        with torch.set_grad_enabled(
+            self.grad_enabled
+        ):  # a captured tensor that wants a gradient shows in the loss
+            if self.differentiate:
                 argnums = tuple(range(len(values)))
-                dvalues, (loss, metrics) = torch.func.grad_and_value(on_values, argnums, has_aux=True)(
-                    *values
-                )
-            if loss.requires_grad:
-                raise RuntimeError(
-                    "loss_fn captured a tensor that requires a gradient and would silently get none; detach it, or "
-                    "make it a part of hidden states or weight"
-                )
-        else:
-            dvalues, (loss, metrics) = (), on_values(*values)
-        if loss.ndim:
-            raise ValueError(
-                f"loss_fn must return a 0-d loss, summed over its rows; got shape {tuple(loss.shape)}"
+                differentiated = torch.func.grad_and_value(on_values, argnums, has_aux=True)
+                dvalues, (loss, metrics) = differentiated(*values)
+            else:
+                loss, metrics = on_values(*values)
+        if loss.requires_grad:
+            raise RuntimeError(
+                "loss_fn captured a tensor that requires a gradient and would silently get none; detach it, or "
+                "make it a part of hidden states or weight"
             )
-        self._add(loss.detach(), metrics)
+        self._add(loss, metrics)
         dstats_KN = torch.zeros_like(stats_KN)
         for field, gradient_N in zip(self.fields, dvalues):
             dstats_KN[STATS.index(field)] = gradient_N.detach()
         return dstats_KN
-
-    def _active(self, rows: slice, dstats_KN: Tensor) -> _Active:
-        return _Active(dstats_KN, self.targets_T[rows] == self.options.ignore_index)
 
     def _add(self, loss: Tensor, metrics: Metrics) -> None:
         self.loss = loss if self.loss is None else self.loss + loss
@@ -303,43 +310,44 @@ class _Walk:
                 self.metrics[name] = self.metrics[name] + value
 
     def _multiply_back(self, chunk: _Pending) -> None:
-        """Overwrite the tile with its gradient, active rows alone, and hand it to the head's GEMMs."""
+        """Overwrite logits with their gradient, active rows alone, and hand it to the head's GEMMs."""
         index_A = chunk.active.rows()
-        if index_A is None:
-            self._gradient(chunk.tile_NV, self.targets_T[chunk.rows], chunk.stats_KN, chunk.dstats_KN)
-            self.head.multiply_back(chunk.tile_NV, chunk.rows)
+        num_rows = chunk.rows.stop - chunk.rows.start
+        if not chunk.formed:
+            if index_A is None:
+                index_A = torch.arange(num_rows, device=chunk.stats_KN.device)
+            for index_N in index_A.split(len(chunk.tile_NV)):
+                rows_N, tile_NV = index_N + chunk.rows.start, chunk.tile_NV[: len(index_N)]
+                self.head.project(rows_N, tile_NV)
+                self._gradient(tile_NV, rows_N, chunk.stats_KN[:, index_N], chunk.dstats_KN[:, index_N])
+        elif index_A is None:
+            self._gradient(chunk.tile_NV[:num_rows], chunk.rows, chunk.stats_KN, chunk.dstats_KN)
         elif len(index_A):
-            rows_A = index_A + chunk.rows.start
-            with workspace(
-                (len(index_A), chunk.tile_NV.shape[1]), self.head.compute, index_A.device
-            ) as tile_AV:
+            shape = (len(index_A), chunk.tile_NV.shape[1])
+            with workspace(shape, self.head.compute, index_A.device) as tile_AV:
                 torch.index_select(chunk.tile_NV, 0, index_A, out=tile_AV)
                 stats_KA, dstats_KA = chunk.stats_KN[:, index_A], chunk.dstats_KN[:, index_A]
-                self._gradient(tile_AV, self.targets_T[rows_A], stats_KA, dstats_KA)
-                self.head.multiply_back(tile_AV, rows_A)
+                self._gradient(tile_AV, index_A + chunk.rows.start, stats_KA, dstats_KA)
 
-    def _gradient(self, tile_NV: Tensor, targets_N: Tensor, stats_KN: Tensor, dstats_KN: Tensor) -> None:
-        dstats_KN = dstats_KN * self.head.loss_scale
-        self.implementation.backward(tile_NV, targets_N, stats_KN, dstats_KN, self.options, tile_NV)
+    def _gradient(self, tile_NV: Tensor, rows: slice | Tensor, stats_KN: Tensor, dstats_KN: Tensor) -> None:
+        slope = abs(self.options.scale) / self.options.temperature
+        scale = loss_scale(dstats_KN, slope, self.head.compute)
+        if scale is not None:
+            dstats_KN = dstats_KN * scale
+        self.implementation.backward(
+            tile_NV, self.targets_T[rows], stats_KN, dstats_KN, self.options, tile_NV
+        )
+        self.head.multiply_back(tile_NV, rows, scale)
 
-    def _two_passes(self, pieces: list[slice], tile_NV: Tensor) -> None:
-        """A group too large for the tile: statistics of every piece, the loss, then each piece's active rows again."""
-        parts = [self._statistics(rows, tile_NV[: rows.stop - rows.start]) for rows in pieces]
-        group = slice(pieces[0].start, pieces[-1].stop)
-        stats_KN = torch.cat(parts, 1)
-        dstats_KN = self._apply_loss(stats_KN, group)
-        if not self.differentiate:
-            return
-        index_A = self._active(group, dstats_KN).rows()
-        if index_A is None:
-            index_A = torch.arange(group.stop - group.start, device=stats_KN.device)
-        for index_N in index_A.split(len(tile_NV)):
-            rows_N = index_N + group.start
-            self.head.project(rows_N, tile_NV[: len(rows_N)])
-            self._gradient(
-                tile_NV[: len(rows_N)], self.targets_T[rows_N], stats_KN[:, index_N], dstats_KN[:, index_N]
+
+def _check_scalars(returned: dict[str, Any]) -> None:
+    for name, value in returned.items():
+        if not isinstance(value, Tensor) or value.ndim:
+            came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise ValueError(
+                f"loss_fn must return a 0-d loss and a dict of 0-d metrics, summed over its rows; {name!r} came with "
+                f"{came}: sum a vector, make a number a tensor"
             )
-            self.head.multiply_back(tile_NV[: len(rows_N)], rows_N)
 
 
 class _WithGradients(torch.autograd.Function):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from alignfast.kernels._autograd import only_once
 from alignfast.kernels._backend import resolve
-from alignfast.kernels._head import Head, autocast_head, check_head, chunk_rows_for, tile_dtype
+from alignfast.kernels._head import Head, autocast_head, check_head, chunk_rows_for, loss_scale
 from alignfast.kernels._targets import check_targets
 from alignfast.kernels._workspace import workspace
 from alignfast.kernels.token_logps import ENTROPY, LOGPS, RowOptions, row_options
@@ -94,7 +94,7 @@ class _LinearRowStats(torch.autograd.Function):
         head = Head(hidden_TD, weight_VD, bias_V, (False, False, False))
         chunks = _chunks(hidden_TD, weight_VD)
         shape = (chunks[0].stop, len(weight_VD))
-        with _exact_types(hidden_TD), workspace(shape, tile_dtype(hidden_TD), hidden_TD.device) as tile_NV:
+        with _exact_types(hidden_TD), workspace(shape, head.compute, hidden_TD.device) as tile_NV:
             parts = []
             for rows in chunks:
                 piece_NV = tile_NV[: rows.stop - rows.start]
@@ -130,15 +130,17 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """Form each tile again, overwrite it with its gradient and multiply it back."""
     head = Head(hidden_TD, weight_VD, bias_V, needs)
+    scale = loss_scale(dstats_KT, abs(options.scale) / options.temperature, head.compute)
+    if scale is not None:
+        dstats_KT = dstats_KT * scale
     chunks = _chunks(hidden_TD, weight_VD)
     shape = (chunks[0].stop, len(weight_VD))
-    with _exact_types(hidden_TD), workspace(shape, tile_dtype(hidden_TD), hidden_TD.device) as tile_NV:
+    with _exact_types(hidden_TD), workspace(shape, head.compute, hidden_TD.device) as tile_NV:
         for rows in chunks:
             piece_NV = tile_NV[: rows.stop - rows.start]
             head.project(rows, piece_NV)
-            dstats_KN = dstats_KT[:, rows] * head.loss_scale
             implementation.backward(
-                piece_NV, targets_T[rows], stats_KT[:, rows], dstats_KN, options, piece_NV
+                piece_NV, targets_T[rows], stats_KT[:, rows], dstats_KT[:, rows], options, piece_NV
             )
-            head.multiply_back(piece_NV, rows)
+            head.multiply_back(piece_NV, rows, scale)
     return tuple(None if x is None else x.to(hidden_TD.dtype) for x in head.gradients())

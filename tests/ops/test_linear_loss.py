@@ -5,85 +5,15 @@ Letters: T tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from ops.heads import HEAD, D, Inputs, T, V, assert_close
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignfast.kernels import Stats, linear_loss, linear_token_logps
-from alignfast.kernels._workspace import release_workspaces
-
-T, D, V = 37, 16, 101  # odd sizes: the last chunk is ragged, no dimension equals another
-
-
-class Inputs:
-    """Random inputs with a weight for every token, so that swapped or dropped rows show."""
-
-    def __init__(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-        self.hidden_TD = normal(T, D).requires_grad_()
-        self.weight_VD = normal(V, D).requires_grad_()
-        self.bias_V = normal(V).requires_grad_()
-        self.targets_T = torch.randint(0, V, (T,), generator=generator)
-        self.targets_T[[3, 20]] = -100
-        self.advantage_T = normal(T)
-        self.leaves = (self.hidden_TD, self.weight_VD, self.bias_V)
-
-    def loss_fn(self, stats: Stats, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
-        weight_N = self.advantage_T[rows].to(stats.logps.dtype)
-        return (stats.logps * weight_N).sum(), {
-            "sum": stats.logps.sum(),
-            "max_logp": stats.logps.max(),
-            "min_logp": stats.logps.min(),
-        }
-
-    def expected(
-        self, *, scale: float = 1.0, softcap: float | None = None, temperature: float = 1.0
-    ) -> Tensor:
-        """Log-probs by the textbook, from logits in full; 0 where ignored."""
-        logits_TV = (self.hidden_TD @ self.weight_VD.T + self.bias_V) * scale
-        if softcap is not None:
-            logits_TV = softcap * torch.tanh(logits_TV / softcap)
-        logps_TV = (logits_TV / temperature).log_softmax(1)
-        ignored_T = self.targets_T == -100
-        return logps_TV.gather(1, self.targets_T.masked_fill(ignored_T, 0)[:, None])[:, 0].masked_fill(
-            ignored_T, 0
-        )
-
-
-HEAD = {"scale": 0.7, "softcap": 5.0, "temperature": 1.3}
-
-
-def assert_close(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    for x, y in zip(got, expected, strict=True):
-        assert float((x - y).abs().max()) <= 1e-13 * max(1.0, float(y.abs().max()))
-
-
-class Gemms(TorchDispatchMode):
-    """Counts matrix products as (rows, inner, columns), and the largest tensor that an op returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: list[tuple[int, int, int]] = []
-        self.largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        if name in ("mm", "addmm"):
-            left, right = args[:2] if name == "mm" else args[1:3]
-            self.shapes.append((left.shape[0], left.shape[1], right.shape[1]))
-        for x in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(x, Tensor):
-                self.largest = max(self.largest, x.untyped_storage().nbytes())
-        return result
 
 
 # 7 leaves ragged chunks; groups of 5, 20 and 12 rows in tiles of 9 need the two-pass way; 64 holds all at once
@@ -170,104 +100,6 @@ def test_statistics_on_demand() -> None:
         linear_loss(inputs.hidden_TD, inputs.weight_VD, inputs.targets_T, loss_fn, stats=("surprise",))
 
 
-def _shapes(call: Callable[[], Tensor]) -> Gemms:
-    with Gemms() as gemms:
-        call().backward()
-    return gemms
-
-
-def test_three_gemms_where_log_probs_first_need_four() -> None:
-    inputs = Inputs()
-    arguments = (inputs.hidden_TD, inputs.weight_VD, inputs.targets_T)
-    whole = {(T, D, V), (T, V, D), (V, T, D)}
-    ours = _shapes(
-        lambda: linear_loss(*arguments, lambda stats, rows: (stats.logps.sum(), {}), chunk_rows=64)[0]
-    )
-    ignored = 2  # these rows have no gradient
-    assert ours.shapes == [(T, D, V), (T - ignored, V, D), (V, T - ignored, D)]
-    theirs = _shapes(lambda: linear_token_logps(*arguments).sum())
-    assert sorted(theirs.shapes) == sorted([(T, D, V), *whole])
-
-
-def test_rows_without_gradient_are_dropped() -> None:
-    inputs = Inputs()
-    inputs.advantage_T[5:25] = 0  # a group without variance, say; row 20 is ignored besides, row 3 too
-    active = T - 20 - 1
-    gemms = _shapes(
-        lambda: linear_loss(
-            inputs.hidden_TD, inputs.weight_VD, inputs.targets_T, inputs.loss_fn, chunk_rows=64
-        )[0]
-    )
-    assert gemms.shapes == [(T, D, V), (active, V, D), (V, active, D)]
-    inputs.advantage_T.zero_()
-    gemms = _shapes(
-        lambda: linear_loss(inputs.hidden_TD, inputs.weight_VD, inputs.targets_T, inputs.loss_fn)[0]
-    )
-    assert gemms.shapes == [(T, D, V)]
-    assert not inputs.weight_VD.grad.isnan().any()
-
-
-def test_second_pass_forms_only_rows_with_a_gradient() -> None:
-    inputs = Inputs()
-    inputs.advantage_T[:30] = 0
-    gemms = _shapes(
-        lambda: linear_loss(
-            inputs.hidden_TD,
-            inputs.weight_VD,
-            inputs.targets_T,
-            inputs.loss_fn,
-            group_sizes=[T],
-            chunk_rows=20,
-        )[0]
-    )
-    assert gemms.shapes == [(20, D, V), (17, D, V), (7, D, V), (7, V, D), (V, 7, D)]
-
-
-def test_frozen_head_costs_no_weight_gradient() -> None:
-    inputs = Inputs()
-    gemms = _shapes(
-        lambda: linear_loss(
-            inputs.hidden_TD, inputs.weight_VD.detach(), inputs.targets_T, lambda s, rows: (s.logps.sum(), {})
-        )[0]
-    )
-    assert [shape for shape in gemms.shapes if shape[0] == V] == []
-    frozen_trunk = _shapes(
-        lambda: linear_loss(
-            inputs.hidden_TD.detach(), inputs.weight_VD, inputs.targets_T, lambda s, rows: (s.logps.sum(), {})
-        )[0]
-    )
-    assert [shape[0] for shape in frozen_trunk.shapes] == [T, V]
-
-
-def test_without_gradients_only_the_projection_runs() -> None:
-    inputs = Inputs()
-    with Gemms() as gemms, torch.no_grad():
-        loss, _ = linear_loss(inputs.hidden_TD, inputs.weight_VD, inputs.targets_T, inputs.loss_fn)
-    assert gemms.shapes == [(T, D, V)]
-    assert not loss.requires_grad
-
-
-@pytest.mark.parametrize("backend", ["torch", "auto"])
-def test_nothing_of_size_tokens_by_vocabulary_outlives_a_chunk(backend: str) -> None:
-    tokens, rows, vocabulary = 512, 32, 4001
-    release_workspaces()
-    hidden_TD = torch.randn(tokens, 8, requires_grad=True)
-    weight_VD = torch.randn(vocabulary, 8, requires_grad=True)
-    targets_T = torch.randint(0, vocabulary, (tokens,))
-    with Gemms() as gemms:
-        loss, _ = linear_loss(
-            hidden_TD,
-            weight_VD,
-            targets_T,
-            lambda s, r: (s.logps.sum(), {}),
-            chunk_rows=rows,
-            backend=backend,
-        )
-        loss.backward()
-    assert gemms.largest <= rows * vocabulary * 4
-    release_workspaces()
-
-
 def test_groups_reach_the_loss_whole() -> None:
     inputs = Inputs()
     sizes, calls = [5, 0, 20, 4, 8], []
@@ -305,22 +137,16 @@ def test_a_loss_that_couples_tokens_is_the_same_in_two_passes() -> None:
     assert_close(results[1], results[0])
 
 
-def test_captured_gradients_are_refused() -> None:
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "all else frozen"])
+def test_captured_gradients_are_refused(frozen: bool) -> None:
     inputs = Inputs()
+    arguments = *(x.detach() if frozen else x for x in inputs.leaves[:2]), inputs.targets_T
     captured = torch.ones((), requires_grad=True, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="captured a tensor that requires a gradient"):
-        linear_loss(
-            inputs.hidden_TD,
-            inputs.weight_VD,
-            inputs.targets_T,
-            lambda s, rows: (s.logps.sum() * captured, {}),
-        )
-    linear_loss(
-        inputs.hidden_TD,
-        inputs.weight_VD,
-        inputs.targets_T,
-        lambda s, rows: (s.logps.sum() * captured.detach(), {}),
-    )
+        linear_loss(*arguments, lambda s, rows: (s.logps.sum() * captured, {}))
+    linear_loss(*arguments, lambda s, rows: (s.logps.sum() * captured.detach(), {}))
+    with torch.no_grad():  # an evaluation, where nothing gets a gradient
+        linear_loss(*arguments, lambda s, rows: (s.logps.sum() * captured, {}))
 
 
 def test_second_derivative_is_refused() -> None:
@@ -416,45 +242,6 @@ def test_inputs_are_never_written_to() -> None:
     assert all(torch.equal(x, y) for x, y in zip(before, (*inputs.leaves, inputs.targets_T)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("head", [{}, HEAD])
-def test_low_precision_is_as_good_as_torch(dtype: torch.dtype, head: dict) -> None:
-    """At most twice the error of the plain expression in the same type, measured against float64."""
-    inputs, exact = Inputs(dtype), Inputs(dtype)
-    for name in ("hidden_TD", "weight_VD", "bias_V"):
-        setattr(exact, name, getattr(inputs, name).detach().double().requires_grad_())
-    exact.leaves = (exact.hidden_TD, exact.weight_VD, exact.bias_V)
-    advantage_T = inputs.advantage_T.double()
-    gold_T = exact.expected(**head)
-    gold = torch.autograd.grad((gold_T * advantage_T).sum(), exact.leaves)
-    plain_T = inputs.expected(**head)
-    plain = torch.autograd.grad((plain_T * advantage_T.to(dtype)).sum(), inputs.leaves)
-    loss, _ = linear_loss(
-        inputs.hidden_TD,
-        inputs.weight_VD,
-        inputs.targets_T,
-        inputs.loss_fn,
-        bias_V=inputs.bias_V,
-        chunk_rows=10,
-        **head,
-    )
-    ours_T = linear_token_logps(
-        inputs.hidden_TD, inputs.weight_VD, inputs.targets_T, bias_V=inputs.bias_V, **head
-    )
-    gradients = [
-        torch.autograd.grad(loss, inputs.leaves),
-        torch.autograd.grad((ours_T * advantage_T.float()).sum(), inputs.leaves),
-    ]
-    checks = [(ours_T, plain_T, gold_T)]
-    for got in gradients:
-        checks += list(zip(got, plain, gold))
-    for got, theirs, true in checks:
-        allowed = 2 * float((theirs.double() - true).abs().max()) + 2 * torch.finfo(dtype).eps * float(
-            true.abs().max()
-        )
-        assert float((got.double() - true).abs().max()) <= allowed
-
-
 def test_autocast_casts_the_head_once() -> None:
     inputs = Inputs(torch.float32)
     casts = []
@@ -523,7 +310,24 @@ def test_bad_input_says_what_came(change: dict, message: str) -> None:
         linear_loss(**arguments, loss_fn=inputs.loss_fn)
 
 
-def test_loss_with_a_shape_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda s: (s.logps, {}), r"'loss' came with shape \(37,\): sum a vector"),
+        (lambda s: (0.0, {}), "'loss' came with a float: sum a vector, make a number a tensor"),
+        (lambda s: (s.logps.sum(), {"logps": s.logps}), r"'logps' came with shape \(37,\)"),
+        (lambda s: (s.logps.sum(), {"tokens": 37.0}), "'tokens' came with a float"),
+    ],
+)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_a_loss_returns_are_scalars(returned: Any, message: str, frozen: bool) -> None:
     inputs = Inputs()
-    with pytest.raises(ValueError, match="0-d loss"):
-        linear_loss(inputs.hidden_TD, inputs.weight_VD, inputs.targets_T, lambda s, rows: (s.logps, {}))
+    leaves = [x.detach() if frozen else x for x in inputs.leaves[:2]]
+    with pytest.raises(ValueError, match=f"0-d loss and a dict of 0-d metrics.*{message}"):
+        linear_loss(*leaves, inputs.targets_T, lambda s, rows: returned(s))
+
+
+def test_no_statistics_are_refused() -> None:
+    inputs = Inputs()
+    with pytest.raises(ValueError, match=r"stats is empty.*name one of logps, lse"):
+        linear_loss(inputs.hidden_TD, inputs.weight_VD, inputs.targets_T, inputs.loss_fn, stats=())
