@@ -18,7 +18,7 @@ from alignfast.kernels import report
 _NEEDED = ("torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "tokenizers", "numpy")
 _OPTIONAL = {
     "triton": "GPU kernels",
-    "flash-attn-4": "attention on recent GPUs",
+    "flash-attn": "faster attention on GPUs than torch's own, and softcaps",
     "vaderSentiment": "quickstart",
     "afinn": "quickstart",
     "trl": "comparison in benchmarks",

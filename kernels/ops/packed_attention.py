@@ -19,7 +19,7 @@ from torch import Tensor
 
 from alignfast.kernels import packed_attention_flash as flash
 from alignfast.kernels._autograd import only_once
-from alignfast.kernels._backend import native_refusal, register, resolve, triton_refusal
+from alignfast.kernels._backend import named, native_refusal, register, resolve, triton_refusal
 from alignfast.kernels._layout import PackedLayout, Segment
 from alignfast.kernels._native import launch, native_op, unit_columns
 from alignfast.kernels._workspace import workspace
@@ -54,7 +54,8 @@ def packed_attention(
         scale: factor on the scores; None is E ** -0.5.
         window: a key counts when its distance to the query is below it; None is no limit.
         softcap: scores become softcap * tanh(score / softcap); None is no cap.
-        backend: `auto`, `torch`, `native` or `triton`.
+        backend: `auto`, `torch`, `native` or `triton`. On a GPU `torch` is flash attention for 16-bit tensors, and `auto`
+            takes it where it can.
 
     Returns:
         Output of the queries' shape and dtype.
@@ -75,6 +76,10 @@ def packed_attention(
     scale = query_THE.shape[-1] ** -0.5 if scale is None else scale
     options = AttentionOptions(scale, window or 0, softcap or 0.0)
     implementation = resolve("packed_attention", query_THE.device, query_THE.dtype, backend)
+    # On a GPU a library's flash attention comes first, in the parts that `_Torch` cuts: Triton's has not been measured
+    # beside it yet. Its cutting is Python that a traced graph had better not hold.
+    if named(backend) == "auto" and flash.takes(query_THE, options) and not torch.compiler.is_compiling():
+        implementation = _Torch
     return _PackedAttention.apply(query_THE, key_TKE, value_TKE, layout, options, implementation)[0]
 
 

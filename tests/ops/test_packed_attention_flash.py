@@ -15,7 +15,7 @@ from ops import conformance as c
 from ops.attention import LAYOUTS, inputs, textbook
 from torch import Tensor
 
-from alignfast.kernels import PackedLayout, packed_attention_flash
+from alignfast.kernels import PackedLayout, packed_attention, packed_attention_flash
 from alignfast.kernels.packed_attention import AttentionOptions
 
 
@@ -141,6 +141,18 @@ def test_flash_attn_2_is_called_as_it_wants(
     gradients = packed_attention_flash.backward(dout_THE, *leaves, out_THE, lse_HT, layout, options)
     for actual, expected in zip((out_THE, *gradients), wanted, strict=True):
         assert (actual - expected).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("backend", ["auto", "native"])
+def test_auto_takes_it_where_it_can_and_a_named_backend_never(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(packed_attention_flash, "takes", lambda *_: True)
+    monkeypatch.setattr(packed_attention_flash, "_attend", lambda *x: calls.append(x) or dense_part(*x))
+    leaves = inputs(5, (2, 1, 8))
+    packed_attention(*leaves, PackedLayout((2,), ((3,),)), backend=backend)
+    assert bool(calls) == (backend == "auto")
 
 
 @pytest.mark.parametrize(
