@@ -34,10 +34,10 @@ lint: $(BUILT)
 	$(RUN) -m mypy
 
 # The wheel, built in isolation as pip builds it, and its tests from another directory, so that no file of the
-# checkout can stand in for one that the wheel lacks.
+# checkout can stand in for one that the wheel lacks. setuptools would copy modules deleted since from build/lib.*.
 wheel: $(BUILT)
 	$(RUN) -m pip install -q build
-	rm -rf $(WHEEL)
+	rm -rf $(WHEEL) build/lib.*
 	$(RUN) -m build --wheel --outdir $(WHEEL)
 	$(RUN) -m pip install -q --no-deps --target $(WHEEL)/site $(WHEEL)/*.whl
 	cd $(WHEEL) && PYTHONPATH=$(CURDIR)/$(WHEEL)/site $(CURDIR)/$(RUN) -c "import alignfast as a; assert '$(WHEEL)' in a.__file__, a.__file__"

@@ -1,8 +1,8 @@
 """Builds alignfast._cpu, and alignfast._cuda where nvcc is found, by CMake and Ninja over csrc/.
 
-`ALIGNFAST_CUDA=0` leaves the CUDA part out. What was built stays in build/ beside this file, so that a changed
-source rebuilds alone; `python setup.py build_ext --inplace` does that without pip. Everything else about the
-package is in pyproject.toml.
+`ALIGNFAST_CUDA=0` leaves the CUDA part out, and removes one that was built before: it would still be found and used.
+What was built stays in build/ beside this file, so that a changed source rebuilds alone; `python setup.py build_ext
+--inplace` does that without pip. Everything else about the package is in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -61,13 +61,17 @@ class BuildWithCMake(build_ext):
         self._configure(build, nvcc)
         for extension in self.extensions:
             target = extension.name.rpartition(".")[2]
+            folder = Path(self.get_ext_fullpath(extension.name)).resolve().parent
+            if self.inplace:
+                folder = ROOT / "alignfast"
             if target == "_cuda" and nvcc is None:
+                for old in folder.glob("_cuda.*.so"):
+                    print(f"alignfast: without its CUDA part: {old} of an earlier build is removed")
+                    old.unlink()
                 continue
             self._compile(build, target)
             built = next(build.glob(f"{target}.*.so"))
-            wanted = Path(self.get_ext_fullpath(extension.name)).resolve()
-            if self.inplace:
-                wanted = ROOT / "alignfast" / built.name
+            wanted = folder / built.name
             wanted.parent.mkdir(parents=True, exist_ok=True)
             # Copied beside and renamed: a process that runs from the old file keeps it.
             fresh = wanted.with_suffix(".fresh")

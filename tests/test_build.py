@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
@@ -256,3 +257,70 @@ def test_failed_cuda_build_fails_the_install_and_names_the_remedy(
         build._compile(tmp_path, "_cuda")
     with pytest.raises(SystemExit, match=r"C\+\+17 compiler with OpenMP"):
         build._compile(tmp_path, "_cpu")
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_leaving_the_cuda_part_out_removes_the_one_of_before(
+    setup_py: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inplace: bool
+) -> None:
+    monkeypatch.setenv("ALIGNFAST_CUDA", "0")
+    command = setup_py["BuildWithCMake"]
+    monkeypatch.setitem(command.run.__globals__, "ROOT", tmp_path)
+    monkeypatch.setattr(command, "_configure", lambda *_: None)
+    monkeypatch.setattr(command, "_compile", lambda *_: None)
+    build = command(setuptools.Distribution({"ext_modules": []}))
+    folder = tmp_path / "alignfast" if inplace else tmp_path / "lib" / "alignfast"
+    build.inplace, build.build_lib = inplace, str(tmp_path / "lib")
+    build.extensions = [setuptools.Extension(f"alignfast.{name}", []) for name in ("_cpu", "_cuda")]
+    folder.mkdir(parents=True)
+    old, other = folder / "_cuda.cpython-311-x86_64-linux-gnu.so", folder / "_cuda_notes.txt"
+    for path in (old, other):
+        path.touch()
+    compiled = tmp_path / "build" / f"cmake-{sys.implementation.cache_tag}" / "_cpu.abi.so"
+    compiled.parent.mkdir(parents=True)
+    compiled.touch()
+    build.run()
+    assert not old.exists()
+    assert other.exists()
+    assert (folder / "_cpu.abi.so").exists()
+
+
+# --- the checkout ---
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_a_wheel_is_built_from_nothing(tmp_path: Path) -> None:
+    """setuptools copies all of build/lib.* into a wheel, modules that were deleted since as well."""
+    shown = subprocess.run(
+        ["make", "-n", "-o", "build/built", "wheel"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    before, _, _ = shown.partition("-m build --wheel")
+    stale = tmp_path / "build" / "lib.linux-x86_64-cpython-311" / "alignfast" / "deleted.py"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    removing = [line for line in before.splitlines() if line.startswith("rm -rf")]
+    subprocess.run(["sh", "-c", "\n".join(removing)], cwd=tmp_path, check=True)
+    assert not stale.exists()
+
+
+def test_the_licence_is_the_one_that_is_declared() -> None:
+    text = (ROOT / "LICENSE").read_bytes()
+    # of https://www.apache.org/licenses/LICENSE-2.0.txt, without its first empty line
+    assert (
+        hashlib.sha256(text).hexdigest() == "c71d239df91726fc519c6eb72d318ec65820627232b2f796219e87dcf35d0ab4"
+    )
+    assert 'license = "Apache-2.0"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_a_hanging_test_ends(request: pytest.FixtureRequest) -> None:
+    assert 0 < float(request.config.getini("timeout")) <= 3600
+    assert request.config.getini("timeout_method") == "thread"
+
+
+@pytest.mark.skipif(
+    not (ROOT / ".git").exists() or shutil.which("git") is None, reason="needs a git checkout"
+)
+def test_what_the_quickstart_leaves_is_ignored_and_its_package_is_not() -> None:
+    asked = ["quickstart/report.html", "alignfast/quickstart/new.py", "tests/quickstart/new.py"]
+    done = subprocess.run(["git", "check-ignore", *asked], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == asked[:1], done.stderr
