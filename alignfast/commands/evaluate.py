@@ -43,6 +43,8 @@ class EvalOptions:
     """Kernels: auto, torch, native or triton."""
     dtype: str = "auto"
     """Type of the weights: float32, bfloat16, float16, or auto for the model's own."""
+    trust_remote_code: bool = False
+    """Run code that a model brings with it."""
     use_cpu: bool = False
     """Stay on the CPU where there is a GPU."""
     output: str | None = None
@@ -62,12 +64,15 @@ def run(command: str, argv: Sequence[str]) -> None:
     device = "cuda" if torch.cuda.is_available() and not options.use_cpu else "cpu"
 
     def load(name: str) -> Any:
-        policy = load_policy(name, layout=options.layout, backend=options.backend, dtype=options.dtype)
+        policy = load_policy(
+            name, layout=options.layout, backend=options.backend, dtype=options.dtype,
+            trust_remote_code=options.trust_remote_code,
+        )  # fmt: skip
         return policy.to(device)
 
     rows = load_rows(options.dataset, split=options.split)
     rows = as_conversations(rows) if options.chat else rows
-    tokenizer = load_tokenizer(options.tokenizer, options.model)
+    tokenizer = load_tokenizer(options.tokenizer, options.model, trust_remote_code=options.trust_remote_code)
     limits = {"max_length": options.max_length, "max_tokens": options.max_tokens_per_batch}
     policy = load(options.model)
     if rows.format == "preference":

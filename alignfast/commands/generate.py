@@ -47,6 +47,8 @@ class GenerateOptions:
     """Of the samples."""
     dtype: str = "auto"
     """Type of the weights: float32, bfloat16, float16, or auto for the model's own."""
+    trust_remote_code: bool = False
+    """Run code that a model brings with it."""
     use_cpu: bool = False
     """Stay on the CPU where there is a GPU."""
 
@@ -65,10 +67,12 @@ def run(command: str, argv: Sequence[str]) -> None:
     from alignfast.rollout import generate_texts
 
     device = "cuda" if torch.cuda.is_available() and not options.use_cpu else "cpu"
-    model: Any = load_policy(options.model, layout="padded", dtype=options.dtype).model
+    trust = options.trust_remote_code
+    policy = load_policy(options.model, layout="padded", dtype=options.dtype, trust_remote_code=trust)
+    model: Any = policy.model
     found = generate_texts(
         model.to(device),
-        load_tokenizer(options.tokenizer, options.model),
+        load_tokenizer(options.tokenizer, options.model, trust_remote_code=trust),
         prompts,
         chat=options.chat,
         max_new_tokens=options.max_new_tokens,

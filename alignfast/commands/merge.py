@@ -20,6 +20,8 @@ class MergeOptions:
     """Folder or hub name of the model under the adapters, where it has moved since."""
     dtype: str = "auto"
     """Type of the merged weights: float32, bfloat16, float16, or auto for the model's own."""
+    trust_remote_code: bool = False
+    """Run code that a model brings with it."""
 
 
 def run(command: str, argv: Sequence[str]) -> None:
@@ -31,8 +33,9 @@ def run(command: str, argv: Sequence[str]) -> None:
     base = options.base_model or PeftConfig.from_pretrained(options.adapter).base_model_name_or_path
     if not base:
         raise ValueError(f"{options.adapter} does not say which model it belongs to: give --base_model")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=options.dtype)
+    trust = options.trust_remote_code
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=options.dtype, trust_remote_code=trust)
     merged = PeftModel.from_pretrained(model, options.adapter).merge_and_unload(safe_merge=True)
     merged.save_pretrained(options.output)
-    AutoTokenizer.from_pretrained(options.adapter).save_pretrained(options.output)
+    AutoTokenizer.from_pretrained(options.adapter, trust_remote_code=trust).save_pretrained(options.output)
     print(f"merged model: {options.output}")

@@ -11,20 +11,23 @@ if TYPE_CHECKING:
     from alignfast.trainers.loop import Trainer
 
 _NEW_TOKENS = 128
+_BY_DEFAULT = 3
 
 
-def first_prompts(source: Any, number: int) -> list[Prompt]:
-    """The first different prompts of a dataset.
+def first_prompts(source: Any, number: int | None, num_processes: int = 1) -> list[Prompt]:
+    """The first different prompts of a dataset; None for `number` is 3, where they can be had and answered.
 
     Raises:
         ValueError: its rows have no prompt.
     """
-    if not number:
+    if number == 0 or (number is None and num_processes > 1):
         return []
     from alignfast.data import load_rows
 
     rows = load_rows(source)
-    if "prompt" not in rows[0]:
+    if number is None:
+        number = _BY_DEFAULT if "prompt" in rows[0] else 0
+    elif "prompt" not in rows[0]:
         raise ValueError(
             f"sample_prompts needs rows with a prompt; {rows.name} holds rows of {rows.format!r}"
         )

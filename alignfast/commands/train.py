@@ -53,8 +53,9 @@ class RunOptions:
     """Rank-stabilised LoRA: adapters count alpha / sqrt(r)."""
     use_dora: bool = False
     """Weight-decomposed LoRA."""
-    sample_prompts: int = 0
-    """So many prompts of the held-out rows, or else of the training rows, are answered before and after training."""
+    sample_prompts: int | None = None
+    """So many prompts of the held-out rows, or else of the training rows, are answered before and after training. None:
+    3, where rows have prompts and one process trains."""
     resume: bool = False
     """Go on from the newest complete checkpoint of output_dir."""
 
@@ -96,7 +97,8 @@ def run(command: str, argv: Sequence[str]) -> None:
         run_options, config = parse_options(command, argv, RunOptions, SFTConfig)
         parts = _parts(run_options)
         trainer = SFTTrainer(args=config, **parts)
-    samples = first_prompts(parts["eval_dataset"] or parts["train_dataset"], run_options.sample_prompts)
+    source = parts["eval_dataset"] or parts["train_dataset"]
+    samples = first_prompts(source, run_options.sample_prompts, trainer.accelerator.num_processes)
     if not run_options.resume:
         write_samples(trainer, samples)
     trainer.train(resume_from_checkpoint=True if run_options.resume else None)
@@ -112,7 +114,8 @@ def run(command: str, argv: Sequence[str]) -> None:
 
 def _evaluate_at_the_end(trainer: Trainer) -> None:
     """Held-out figures of the final model, unless the last step brought them."""
-    step = trainer.state.global_step
+    state, best = trainer.state, trainer.args.load_best_model_at_end
+    step = state.best_global_step if best and state.best_global_step else state.global_step
     known = any(
         row["step"] == step and any(name.startswith("eval_") for name in row)
         for row in trainer.state.log_history
