@@ -324,3 +324,47 @@ def test_what_the_quickstart_leaves_is_ignored_and_its_package_is_not() -> None:
     asked = ["quickstart/report.html", "alignfast/quickstart/new.py", "tests/quickstart/new.py"]
     done = subprocess.run(["git", "check-ignore", *asked], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == asked[:1], done.stderr
+
+
+# As much of PyPI's `kernels` as transformers takes from it: every name is one class, which decorates to no effect.
+STUB = """
+OWNER = "pypi"
+class Anything:
+    def __init__(self, *args, **kwargs): pass
+    def __call__(self, decorated): return decorated
+def __getattr__(name):
+    if name.startswith("__"): raise AttributeError(name)
+    return Anything
+"""
+USERS = """
+import sys
+import alignfast, alignfast.kernels
+import transformers
+from transformers.utils.import_utils import is_kernels_available
+import transformers.integrations.hub_kernels as theirs, transformers.models.llama.modeling_llama
+import kernels
+assert sys.path[0] == "", sys.path
+assert is_kernels_available(), "transformers does not see the package"
+assert theirs.LayerRepository is kernels.Anything, theirs.LayerRepository
+print(kernels.OWNER)
+"""
+
+
+def test_transformers_finds_pypis_kernels_from_the_repository_root(tmp_path: Path) -> None:
+    """Our folder kernels/ comes first on the path; an installed package of that name must win all the same."""
+    from transformers.utils.import_utils import KERNELS_MIN_VERSION
+
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text(STUB)
+    info = tmp_path / f"kernels-{KERNELS_MIN_VERSION}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n")
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(tmp_path))))
+    done = subprocess.run(
+        [sys.executable, "-c", USERS],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "pypi", done.stderr
