@@ -65,7 +65,7 @@ def gae(
     >>> gae(rewards_BL, values_BL, mask_BL, lam=0.5, masked="skip", backend="torch")[0]
     tensor([[0.2500, 0.0000, 0.5000]])
     >>> gae(rewards_BL, values_BL, mask_BL, lam=0.5, masked="decay", backend="torch")[0]
-    tensor([[0.0000, 0.0000, 0.5000]])
+    tensor([[-0.1250,  0.0000,  0.5000]])
     """
     for name, number in (("gamma", gamma), ("lam", lam)):
         if not 0 <= number <= 1:

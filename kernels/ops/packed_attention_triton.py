@@ -23,7 +23,19 @@ import triton.language as tl
 from torch import Tensor
 
 from alignfast.kernels._attention_tiles import Tile, key_tiles, positions, query_tiles, tile_of
-from alignfast.kernels._triton_math import LN2, LOG2E, LOWEST, tanh
+from alignfast.kernels._attention_triton import (
+    dot,
+    key_range,
+    key_tile,
+    load,
+    norms,
+    probability,
+    query_tile,
+    scores,
+    store,
+    unseen,
+)
+from alignfast.kernels._triton_math import LOWEST
 from alignfast.kernels.packed_attention import AttentionOptions, PackedLayout
 
 _WIDEST = 256  # of a head
@@ -132,94 +144,6 @@ def _sizes(
 
 
 @triton.jit
-def _load(ptr, offsets, inside, columns, E: tl.constexpr):
-    """A tile (rows, EP) from rows at `offsets`; zeros outside."""
-    return tl.load(
-        ptr + offsets[:, None] + columns[None, :], mask=inside[:, None] & (columns < E)[None, :], other=0.0
-    )
-
-
-@triton.jit
-def _store(ptr, offsets, inside, columns, tile, E: tl.constexpr):
-    tile = tile.to(ptr.dtype.element_ty)
-    tl.store(ptr + offsets[:, None] + columns[None, :], tile, mask=inside[:, None] & (columns < E)[None, :])
-
-
-@triton.jit
-def _dot(a, b, acc, WIDEN: tl.constexpr):
-    if WIDEN:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")  # for float32; the default, TF32, keeps 10 bits
-
-
-@triton.jit
-def _scores(a, b, scale, softcap, SOFTCAP: tl.constexpr, WIDEN: tl.constexpr):
-    """Scores in units of log 2, so that exp2 is the softmax's exponential, and d score / d (a . b) over `scale`."""
-    s = _dot(a, tl.trans(b), None, WIDEN) * (scale * LOG2E)
-    slope = 1.0
-    if SOFTCAP:
-        t = tanh(s * (LN2 / softcap))
-        s, slope = t * (softcap * LOG2E), 1.0 - t * t
-    return s, slope
-
-
-@triton.jit
-def _query_tile(tiles_ptr, K: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr):
-    """A program's block of queries: heads, rows, positions, which of them exist; and its sequence's lie."""
-    block = tiles_ptr + tl.program_id(0) // K * 5
-    first, start, length = tl.load(block), tl.load(block + 1), tl.load(block + 2)
-    prompt_start, prompt_length = tl.load(block + 3), tl.load(block + 4)
-    r = first + tl.arange(0, ROWS)
-    heads = tl.program_id(0) % K * G + r % G
-    token = r // G
-    return (
-        heads,
-        start + token,
-        prompt_length + token,
-        token < length,
-        first,
-        start,
-        length,
-        prompt_start,
-        prompt_length,
-    )
-
-
-@triton.jit
-def _key_range(
-    first, length, prompt_length, window,
-    G: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
-    """The keys of a block of queries: from `low` to `high`, and up to `full` seen by every query."""
-    nearest = prompt_length + first // G  # the first query's position
-    high = prompt_length + tl.minimum((first + ROWS - 1) // G + 1, length)
-    low = 0
-    full = (nearest + 1) // KEYS * KEYS
-    if WINDOW:
-        low = tl.maximum(nearest - window + 1, 0) // KEYS * KEYS
-        full = low
-    return low, full, high
-
-
-@triton.jit
-def _key_tile(first, high, start, prompt_start, prompt_length, KEYS: tl.constexpr):
-    """Positions of a block of a sequence's keys, their rows, and which of them exist."""
-    v = first + tl.arange(0, KEYS)
-    rows = v + tl.where(v < prompt_length, prompt_start, start - prompt_length)
-    return v, rows.to(tl.int64), v < high
-
-
-@triton.jit
-def _unseen(positions, v, inside, window, WINDOW: tl.constexpr):
-    """-inf where a query does not see a key, else 0."""
-    distance = positions[:, None] - v[None, :]
-    seen = (distance >= 0) & inside[None, :]
-    if WINDOW:
-        seen = seen & (distance < window)
-    return tl.where(seen, 0.0, -float("inf"))
-
-
-@triton.jit
 def _attend(
     q, positions, acc, m, total, k_ptr, v_ptr, k_stride, v_stride, columns, low, high, limit,
     start, prompt_start, prompt_length, scale, softcap, window,
@@ -228,17 +152,17 @@ def _attend(
 ):  # fmt: skip
     """Take the keys from `low` to `high` into the running softmax."""
     for first in range(low, high, KEYS):
-        v, rows, inside = _key_tile(first, limit, start, prompt_start, prompt_length, KEYS)
-        k = _load(k_ptr, rows * k_stride, inside, columns, E)
-        s, _ = _scores(q, k, scale, softcap, SOFTCAP, WIDEN)
+        v, rows, inside = key_tile(first, limit, start, prompt_start, prompt_length, KEYS)
+        k = load(k_ptr, rows * k_stride, inside, columns, E)
+        s, _ = scores(q, k, scale, softcap, SOFTCAP, WIDEN)
         if MASKED:
-            s += _unseen(positions, v, inside, window, WINDOW)
+            s += unseen(positions, v, inside, window, WINDOW)
         m_new = tl.maximum(m, tl.max(s, 1))
         keep = tl.exp2(m - m_new)
         p = tl.exp2(s - m_new[:, None])
         total = total * keep + tl.sum(p, 1)
-        value = _load(v_ptr, rows * v_stride, inside, columns, E)
-        acc = _dot(p.to(value.dtype), value, acc * keep[:, None], WIDEN)
+        value = load(v_ptr, rows * v_stride, inside, columns, E)
+        acc = dot(p.to(value.dtype), value, acc * keep[:, None], WIDEN)
         m = m_new
     return acc, m, total
 
@@ -250,15 +174,15 @@ def _forward_kernel(
     K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, WIDEN: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    heads, rows, positions, exists, first, start, length, prompt_start, prompt_length = _query_tile(
+    heads, rows, positions, exists, first, start, length, prompt_start, prompt_length = query_tile(
         tiles_ptr, K, G, ROWS
     )
-    low, full, high = _key_range(first, length, prompt_length, window, G, ROWS, KEYS, WINDOW)
+    low, full, high = key_range(first, length, prompt_length, window, G, ROWS, KEYS, WINDOW)
     columns = tl.arange(0, EP)
     rows = rows.to(tl.int64)
     k_ptr += tl.program_id(0) % K * k_head_stride
     v_ptr += tl.program_id(0) % K * v_head_stride
-    q = _load(q_ptr, rows * q_stride + heads * q_head_stride, exists, columns, E)
+    q = load(q_ptr, rows * q_stride + heads * q_head_stride, exists, columns, E)
     acc = tl.zeros([ROWS, EP], tl.float32)
     m = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -271,32 +195,14 @@ def _forward_kernel(
         q, positions, acc, m, total, k_ptr, v_ptr, k_stride, v_stride, columns, full, high, high,
         start, prompt_start, prompt_length, scale, softcap, window, E, KEYS, True, WINDOW, SOFTCAP, WIDEN,
     )  # fmt: skip
-    _store(out_ptr, (rows * K * G + heads) * E, exists, columns, acc / total[:, None], E)
-    norms = norms_ptr + 2 * (heads.to(tl.int64) * T + rows)
+    store(out_ptr, (rows * K * G + heads) * E, exists, columns, acc / total[:, None], E)
+    pair_ptr = norms_ptr + 2 * (heads.to(tl.int64) * T + rows)
     if q.dtype == tl.float32:
-        tl.store(norms, m, mask=exists)
-        tl.store(norms + 1, 1.0 / total, mask=exists)
+        tl.store(pair_ptr, m, mask=exists)
+        tl.store(pair_ptr + 1, 1.0 / total, mask=exists)
     else:  # products of 16-bit numbers do not show what adding rounds off
-        tl.store(norms, m + tl.log2(total), mask=exists)
-        tl.store(norms + 1, 1.0, mask=exists)
-
-
-@triton.jit
-def _norms(norms_ptr, at, exists, dtype: tl.constexpr):
-    """Base and factor. The factor of 16-bit queries is 1, and not read."""
-    base = tl.load(norms_ptr + 2 * at, mask=exists, other=0.0)
-    factor = base
-    if dtype == tl.float32:
-        factor = tl.load(norms_ptr + 2 * at + 1, mask=exists, other=0.0)
-    return base, factor
-
-
-@triton.jit
-def _probability(s, base, factor, dtype: tl.constexpr):
-    p = tl.exp2(s - base)
-    if dtype == tl.float32:
-        p *= factor
-    return p
+        tl.store(pair_ptr, m + tl.log2(total), mask=exists)
+        tl.store(pair_ptr + 1, 1.0, mask=exists)
 
 
 @triton.jit
@@ -307,16 +213,16 @@ def _dquery_walk(
     WIDEN: tl.constexpr,
 ):  # fmt: skip
     for first in range(low, high, KEYS):
-        v, rows, inside = _key_tile(first, limit, start, prompt_start, prompt_length, KEYS)
-        k = _load(k_ptr, rows * k_stride, inside, columns, E)
-        value = _load(v_ptr, rows * v_stride, inside, columns, E)
-        s, slope = _scores(q, k, scale, softcap, SOFTCAP, WIDEN)
+        v, rows, inside = key_tile(first, limit, start, prompt_start, prompt_length, KEYS)
+        k = load(k_ptr, rows * k_stride, inside, columns, E)
+        value = load(v_ptr, rows * v_stride, inside, columns, E)
+        s, slope = scores(q, k, scale, softcap, SOFTCAP, WIDEN)
         if MASKED:
-            s += _unseen(positions, v, inside, window, WINDOW)
-        p = _probability(s, base[:, None], factor[:, None], q.dtype)
-        dp = _dot(dout, tl.trans(value), None, WIDEN)
+            s += unseen(positions, v, inside, window, WINDOW)
+        p = probability(s, base[:, None], factor[:, None], q.dtype)
+        dp = dot(dout, tl.trans(value), None, WIDEN)
         ds = p * (dp - delta[:, None]) * slope
-        dq = _dot(ds.to(k.dtype), k, dq, WIDEN)
+        dq = dot(ds.to(k.dtype), k, dq, WIDEN)
     return dq
 
 
@@ -329,22 +235,22 @@ def _dquery_kernel(
     SOFTCAP: tl.constexpr, WIDEN: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta = sum dout * out of every query, which the kernel of the keys reads."""
-    heads, rows, positions, exists, first, start, length, prompt_start, prompt_length = _query_tile(
+    heads, rows, positions, exists, first, start, length, prompt_start, prompt_length = query_tile(
         tiles_ptr, K, G, ROWS
     )
-    low, full, high = _key_range(first, length, prompt_length, window, G, ROWS, KEYS, WINDOW)
+    low, full, high = key_range(first, length, prompt_length, window, G, ROWS, KEYS, WINDOW)
     columns = tl.arange(0, EP)
     rows = rows.to(tl.int64)
     k_ptr += tl.program_id(0) % K * k_head_stride
     v_ptr += tl.program_id(0) % K * v_head_stride
     packed = (rows * K * G + heads) * E
-    q = _load(q_ptr, rows * q_stride + heads * q_head_stride, exists, columns, E)
-    dout = _load(dout_ptr, rows * dout_stride + heads * dout_head_stride, exists, columns, E)
-    out = _load(out_ptr, packed, exists, columns, E)
+    q = load(q_ptr, rows * q_stride + heads * q_head_stride, exists, columns, E)
+    dout = load(dout_ptr, rows * dout_stride + heads * dout_head_stride, exists, columns, E)
+    out = load(out_ptr, packed, exists, columns, E)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     at = heads.to(tl.int64) * T + rows
     tl.store(delta_ptr + at, delta, mask=exists)
-    base, factor = _norms(norms_ptr, at, exists, q.dtype)
+    base, factor = norms(norms_ptr, at, exists, q.dtype)
     dq = tl.zeros([ROWS, EP], tl.float32)
     if not WINDOW:
         dq = _dquery_walk(
@@ -355,7 +261,7 @@ def _dquery_kernel(
         dq, q, dout, base, factor, delta, positions, k_ptr, v_ptr, k_stride, v_stride, columns, full, high, high,
         start, prompt_start, prompt_length, scale, softcap, window, E, KEYS, True, WINDOW, SOFTCAP, WIDEN,
     )  # fmt: skip
-    _store(dq_ptr, packed, exists, columns, dq * scale, E)
+    store(dq_ptr, packed, exists, columns, dq * scale, E)
 
 
 @triton.jit
@@ -370,22 +276,22 @@ def _dkey_walk(
         r = first + tl.arange(0, ROWS)
         inside = r < limit
         rows, heads = (r // G).to(tl.int64), r % G
-        q = _load(q_ptr, rows * q_stride + heads * q_head_stride, inside, columns, E)
-        dout = _load(dout_ptr, rows * dout_stride + heads * dout_head_stride, inside, columns, E)
+        q = load(q_ptr, rows * q_stride + heads * q_head_stride, inside, columns, E)
+        dout = load(dout_ptr, rows * dout_stride + heads * dout_head_stride, inside, columns, E)
         at = heads.to(tl.int64) * T + rows
-        base, factor = _norms(norms_ptr, at, inside, q.dtype)
+        base, factor = norms(norms_ptr, at, inside, q.dtype)
         delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
-        s, slope = _scores(k, q, scale, softcap, SOFTCAP, WIDEN)
-        p = _probability(s, base[None, :], factor[None, :], q.dtype)
+        s, slope = scores(k, q, scale, softcap, SOFTCAP, WIDEN)
+        p = probability(s, base[None, :], factor[None, :], q.dtype)
         if MASKED:
             p = tl.where(keys[:, None] <= rows[None, :], p, 0.0)
         if WINDOW:
             at_position = tl.load(positions_ptr + rows, mask=inside, other=0)
             p = tl.where(at_position[None, :] - positions[:, None] < window, p, 0.0)
-        dv = _dot(p.to(dout.dtype), dout, dv, WIDEN)
-        dp = _dot(value, tl.trans(dout), None, WIDEN)
+        dv = dot(p.to(dout.dtype), dout, dv, WIDEN)
+        dp = dot(value, tl.trans(dout), None, WIDEN)
         ds = p * (dp - delta[None, :]) * slope
-        dk = _dot(ds.to(q.dtype), q, dk, WIDEN)
+        dk = dot(ds.to(q.dtype), q, dk, WIDEN)
     return dk, dv
 
 
@@ -405,8 +311,8 @@ def _dkey_kernel(
     columns = tl.arange(0, EP)
     keys = (first + tl.arange(0, KEYS)).to(tl.int64)
     exists = keys < end
-    k = _load(k_ptr + head * k_head_stride, keys * k_stride, exists, columns, E)
-    value = _load(v_ptr + head * v_head_stride, keys * v_stride, exists, columns, E)
+    k = load(k_ptr + head * k_head_stride, keys * k_stride, exists, columns, E)
+    value = load(v_ptr + head * v_head_stride, keys * v_stride, exists, columns, E)
     positions = keys
     if WINDOW:
         positions = tl.load(positions_ptr + keys, mask=exists, other=0)
@@ -429,5 +335,5 @@ def _dkey_kernel(
         G, E, ROWS, False, WINDOW, SOFTCAP, WIDEN,
     )  # fmt: skip
     packed = (keys * K + head) * E
-    _store(dk_ptr, packed, exists, columns, dk * scale, E)
-    _store(dv_ptr, packed, exists, columns, dv, E)
+    store(dk_ptr, packed, exists, columns, dk * scale, E)
+    store(dv_ptr, packed, exists, columns, dv, E)
