@@ -27,6 +27,8 @@ class EvalOptions:
     """Model that the implicit reward is measured against; for adapters, the model without them unless given."""
     tokenizer: str | None = None
     """Folder or hub name of the tokenizer; the model's own unless given."""
+    dataset_config: str | None = None
+    """Which configuration of a dataset from the hub, where it has several."""
     split: str = "train"
     """Which part of a dataset from the hub."""
     chat: bool = False
@@ -70,7 +72,7 @@ def run(command: str, argv: Sequence[str]) -> None:
         )  # fmt: skip
         return policy.to(device)
 
-    rows = load_rows(options.dataset, split=options.split)
+    rows = load_rows(options.dataset, split=options.split, config=options.dataset_config)
     rows = as_conversations(rows) if options.chat else rows
     tokenizer = load_tokenizer(options.tokenizer, options.model, trust_remote_code=options.trust_remote_code)
     limits = {"max_length": options.max_length, "max_tokens": options.max_tokens_per_batch}
