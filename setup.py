@@ -1,5 +1,6 @@
 """Builds alignfast._cpu, and alignfast._cuda where nvcc is found, by CMake and Ninja over csrc/.
 
+`ALIGNFAST_CUDA_ARCHS` names other targets than all (`90a-real` while you work on a kernel), as CMake spells them.
 `ALIGNFAST_CUDA=0` leaves the CUDA part out, and removes one that was built before: it would still be found and used.
 What was built stays in build/ beside this file, so that a changed source rebuilds alone; `python setup.py build_ext
 --inplace` does that without pip. Everything else about the package is in pyproject.toml.
@@ -88,6 +89,8 @@ class BuildWithCMake(build_ext):
         }
         if nvcc:
             options["CMAKE_CUDA_COMPILER"] = nvcc
+            # Empty rather than left out: CMake remembers what an earlier build was given.
+            options["CMAKE_CUDA_ARCHITECTURES"] = os.environ.get("ALIGNFAST_CUDA_ARCHS", "")
         settings = [f"-D{name}={value}" for name, value in options.items()]
         self._cmake("-S", ROOT / "csrc", "-B", build, "-G", "Ninja", *settings, cuda=nvcc is not None)
 
