@@ -155,8 +155,10 @@ def packed_preference_loss(
     if implementation is not _Torch:
         out_5N, _ = _Packed.apply(logps_P, offsets_M, *refs, checked, implementation)
         return PreferenceOutput(out_5N[0], *out_5N[1:].detach())
-    # segment_reduce adds in one order on every device; index_add's atomics on a GPU do not
-    chosen_N, rejected_N = torch.segment_reduce(logps_P, "sum", offsets=offsets_M, initial=0).view(-1, 2).T
+    # segment_reduce adds in one order on every device, which index_add's atomics on a GPU do not; one by one, so that
+    # float32 would lose what a pairwise sum keeps
+    sums = torch.segment_reduce(logps_P.double(), "sum", offsets=offsets_M, initial=0).to(logps_P.dtype)
+    chosen_N, rejected_N = sums.view(-1, 2).T
     out = _Torch.forward(chosen_N, rejected_N, *refs, *offsets_M.diff().view(-1, 2).T, checked)
     return PreferenceOutput(*out, chosen_N.detach(), rejected_N.detach())
 
