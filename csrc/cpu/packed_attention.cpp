@@ -53,15 +53,23 @@ struct Pair {
 
 // ---- rows in and out ----
 
-void load_row(const Problem& problem, const Heads& from, int64_t token, int64_t head, float* to) {
+// Rows of `heads` heads of `tokens` tokens, token by token.
+void load_rows(const Problem& problem, const Heads& from, int64_t start, int64_t tokens, int64_t head, int64_t heads,
+               Matrix to) {
+  const int64_t width = problem.width, ahead = from.head_stride;
   with_dtype(problem.dtype, [&](auto* type) {
-    const auto* row = (decltype(type))from.data + token * from.token_stride + head * from.head_stride;
-    int64_t e = 0;
-    for (; e + kLanes <= problem.width; e += kLanes) {
-      __builtin_prefetch(row + from.head_stride + e);  // the next task's: a tenth of the time of short segments
-      store(to + e, load(row + e));
+    float* next = to.data;
+    for (int64_t token = start; token < start + tokens; ++token) {
+      for (int64_t h = head; h < head + heads; ++h, next += to.stride) {
+        const auto* row = (decltype(type))from.data + token * from.token_stride + h * from.head_stride;
+        int64_t e = 0;
+        for (; e + kLanes <= width; e += kLanes) {
+          __builtin_prefetch(row + ahead + e);  // the next task's: a tenth of the time of short segments
+          store(next + e, load(row + e));
+        }
+        if (e < width) store(next + e, load_first(row + e, (int)(width - e), 0.0f));
+      }
     }
-    if (e < problem.width) store(to + e, load_first(row + e, (int)(problem.width - e), 0.0f));
   });
 }
 
@@ -241,10 +249,15 @@ void exponentials(const Problem& problem, Span keys, int64_t padded_keys, float*
   }
   const float largest = max_lane(maxima);
   if (largest > *maximum) {
-    const F32 shrink = probability(splat(*maximum - largest));
+    const float before = *maximum;
     *maximum = largest;
-    *total *= shrink[0];
-    for (int64_t e = 0; e < problem.padded_width(); e += kLanes) store(accumulator + e, load(accumulator + e) * shrink);
+    if (*total != 0.0f) {  // else the row's first keys: nothing to shrink
+      const F32 shrink = probability(splat(before - largest));
+      *total *= shrink[0];
+      for (int64_t e = 0; e < problem.padded_width(); e += kLanes) {
+        store(accumulator + e, load(accumulator + e) * shrink);
+      }
+    }
   }
   F32 totals = {};
   int64_t n = 0;
@@ -321,15 +334,12 @@ struct Tensors {
 
 void load_queries(const Problem& problem, const Heads& from, int64_t start, int64_t tokens, int64_t key_head,
                   Matrix to) {
-  const int64_t group = problem.group();
-  for (int64_t i = 0; i < tokens; ++i) {
-    for (int64_t g = 0; g < group; ++g) load_row(problem, from, start + i, key_head * group + g, to.at(i * group + g, 0));
-  }
+  load_rows(problem, from, start, tokens, key_head * problem.group(), problem.group(), to);
 }
 
 // The block's rows of one key head, then rows of 0 up to a whole vector of keys.
 void load_keys(const Problem& problem, const Heads& from, const Block& block, int64_t key_head, Matrix to) {
-  for (int64_t k = 0; k < block.keys; ++k) load_row(problem, from, block.start + k, key_head, to.at(k, 0));
+  load_rows(problem, from, block.start, block.keys, key_head, 1, to);
   clear(to.from(block.keys, 0), -block.keys & (kLanes - 1));
 }
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from alignfast.kernels._autograd import only_once
+from alignfast.kernels._autograd import Function, only_once
 from alignfast.kernels._backend import resolve
 from alignfast.kernels._head import Head, autocast_head, check_head, chunk_rows_for, loss_scale
 from alignfast.kernels._targets import check_targets
@@ -350,7 +350,7 @@ def _check_scalars(returned: dict[str, Any]) -> None:
             )
 
 
-class _WithGradients(torch.autograd.Function):
+class _WithGradients(Function):
     """A loss whose gradients are known already."""
 
     @staticmethod

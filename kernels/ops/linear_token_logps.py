@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignfast.kernels._autograd import only_once
+from alignfast.kernels._autograd import Function, only_once
 from alignfast.kernels._backend import resolve
 from alignfast.kernels._head import Head, autocast_head, check_head, chunk_rows_for, loss_scale
 from alignfast.kernels._targets import check_targets
@@ -81,7 +81,7 @@ def _exact_types(hidden_TD: Tensor) -> Any:
     return torch.autocast(hidden_TD.device.type, enabled=False)
 
 
-class _LinearRowStats(torch.autograd.Function):
+class _LinearRowStats(Function):
     @staticmethod
     def forward(
         hidden_TD: Tensor,

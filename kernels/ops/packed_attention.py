@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from alignfast.kernels import packed_attention_flash as flash
-from alignfast.kernels._autograd import only_once
+from alignfast.kernels._autograd import Function, only_once
 from alignfast.kernels._backend import named, native_refusal, register, resolve, triton_refusal
 from alignfast.kernels._layout import PackedLayout, Segment
 from alignfast.kernels._native import launch, native_op, unit_columns
@@ -107,7 +107,7 @@ def _check(query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, layout: Packed
         )
 
 
-class _PackedAttention(torch.autograd.Function):
+class _PackedAttention(Function):
     @staticmethod
     def forward(
         query_THE: Tensor,

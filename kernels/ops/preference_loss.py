@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from alignfast.kernels._autograd import only_once
+from alignfast.kernels._autograd import Function, only_once
 from alignfast.kernels._backend import named, native_refusal, register, resolve, triton_refusal
 from alignfast.kernels._native import launch, native_op
 from alignfast.kernels._pairwise import LOSSES, Pairs, PreferenceOptions, preference_options, score
@@ -236,7 +236,7 @@ def _implementation(options: PreferenceOptions, logps: Tensor, backend: str) -> 
     return _Torch
 
 
-class _Packed(torch.autograd.Function):
+class _Packed(Function):
     """A compiled implementation: the tokens' gradients come with the loss, the backward pass scales them.
 
     Of out_5N only the row of the losses has a gradient; callers detach the others.

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from alignfast.kernels._autograd import only_once
+from alignfast.kernels._autograd import Function, only_once
 from alignfast.kernels._backend import native_refusal, register, resolve, triton_refusal
 from alignfast.kernels._native import launch, native_op, unit_columns
 from alignfast.kernels._targets import check_targets, outside
@@ -122,7 +122,7 @@ def _check_logits(logits_TV: Tensor, targets_T: Tensor) -> None:
         raise ValueError(f"logits are on {logits_TV.device}, targets on {targets_T.device}; move one of them")
 
 
-class _RowStats(torch.autograd.Function):
+class _RowStats(Function):
     @staticmethod
     def forward(logits_TV: Tensor, targets_T: Tensor, options: RowOptions, implementation: Any) -> Tensor:
         return implementation.forward(logits_TV, targets_T, options)
