@@ -219,7 +219,7 @@ class Policy(nn.Module):
                 hidden_PD, _ = self._hidden(batch)
             ours_PV = logits_of(hidden_PD, head_of(self.base))
             # eager is the model's own definition: stock sdpa drops Gemma 2's softcap
-            with nullcontext() if self.layout == "padded" else attention_set(self.base, "eager"):
+            with self.attached() if self.layout == "padded" else attention_set(self.base, "eager"):
                 theirs_PV = torch.cat([self._plain_logits(prompt, answer, device) for answer in answers])
         except ModelRefused:
             raise
