@@ -101,7 +101,7 @@ double exact_sum(F32 x) {
   return total;
 }
 
-template <bool moments>
+template <bool moments, bool with_squares>
 void add_block(const float* x, int n, const char* next, int item_size, Others& others) {
   const float m = others.largest == -INFINITY ? 0.0f : others.largest;
   F32 exps[2] = {}, moment[2] = {}, squares[2] = {};
@@ -114,7 +114,7 @@ void add_block(const float* x, int n, const char* next, int item_size, Others& o
       exps[j] += e;
       if (moments) {
         moment[j] = fma(e, max(splat(kFar), d), moment[j]);
-        squares[j] = fma(e, e, squares[j]);
+        if (with_squares) squares[j] = fma(e, e, squares[j]);
       }
     }
   }
@@ -141,7 +141,7 @@ void raise(Others& others, float largest) {
 }
 
 // One walk along the row; `left_out` is a class, or -1 for none.
-template <bool capped, bool moments>
+template <bool capped, bool moments, bool with_squares>
 Others sum_row(const Row& row, int64_t left_out, bool with_total) {
   alignas(64) float x[kBlock];
   Others others;
@@ -160,7 +160,7 @@ Others sum_row(const Row& row, int64_t left_out, bool with_total) {
     if (others.largest == INFINITY) {  // inf - inf would make a NaN of it; only a NaN may
       for (int i = 0; i < n; ++i) others.exps += isnan(x[i]) ? x[i] : 1.0f;
     } else {
-      add_block<moments>(x, n, row.after(start), row.item_size, others);
+      add_block<moments, with_squares>(x, n, row.after(start), row.item_size, others);
     }
   }
   return others;
@@ -169,9 +169,9 @@ Others sum_row(const Row& row, int64_t left_out, bool with_total) {
 // log(1 + e^x)
 double softplus(double x) { return x > 0 ? x + ::log1p(::exp(-x)) : ::log1p(::exp(x)); }
 
-template <bool capped, bool moments>
+template <bool capped, bool moments, bool with_squares>
 void forward_row(const Row& row, int64_t target, const Options& options, float* stats, int64_t stride) {
-  const Others others = sum_row<capped, moments>(row, target, options.wants(kMeanLogit));
+  const Others others = sum_row<capped, moments, with_squares>(row, target, options.wants(kMeanLogit));
   const double m = others.largest, x_t = others.left_out;
   const bool has_nan = isnan(others.exps), no_others = m == -INFINITY && !has_nan;
   const double lse_others = has_nan ? NAN : m + others.log_sum();
@@ -221,7 +221,7 @@ struct Slopes {
     base = by_target ? x_t : lse;
     offset = by_target ? logp_t : 0.0f;
     if (isfinite(lse) && fabsf(by_target ? 2 * logp_t : lse) >= 16) {
-      const Others all = sum_row<capped, false>(row, -1, false);
+      const Others all = sum_row<capped, false, false>(row, -1, false);
       base = all.largest;
       offset = -float(all.log_sum());
     }
@@ -310,8 +310,14 @@ void for_rows(int64_t rows, int64_t classes, int64_t threads, Body body) {
 static void token_logps_forward(Tensor<2> logits, Tensor<1> targets, double scale, double softcap, double temperature,
                                 int64_t ignore_index, int64_t wanted, Tensor<2> stats, int64_t threads) {
   const Options options{scale, softcap, temperature, ignore_index, wanted};
-  const auto walk = softcap ? (options.moments() ? forward_row<true, true> : forward_row<true, false>)
-                            : (options.moments() ? forward_row<false, true> : forward_row<false, false>);
+  const bool squares = options.wants(kSumSqProbs), moments = options.moments();
+  const auto capped = squares   ? forward_row<true, true, true>
+                      : moments ? forward_row<true, true, false>
+                                : forward_row<true, false, false>;
+  const auto plain = squares   ? forward_row<false, true, true>
+                     : moments ? forward_row<false, true, false>
+                               : forward_row<false, false, false>;
+  const auto walk = softcap ? capped : plain;
   for_rows(logits.sizes[0], logits.sizes[1], threads, [&](int64_t row) {
     const int64_t target = static_cast<const int64_t*>(targets.data)[row * targets.strides[0]];
     float* out = static_cast<float*>(stats.data) + row * stats.strides[1];
