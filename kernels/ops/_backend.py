@@ -89,6 +89,11 @@ def report() -> dict[str, dict[str, str]]:
     }
 
 
+def never_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    """A definition in PyTorch takes every device and type."""
+    return None
+
+
 def native_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why compiled code can't take such tensors, shared by every op's native implementation."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignfast.kernels._backend import native_refusal, register, resolve, triton_refusal
+from alignfast.kernels._backend import native_refusal, never_refuses, register, resolve, triton_refusal
 from alignfast.kernels._native import launch, native_op
 from alignfast.kernels._workspace import fresh_like
 
@@ -126,10 +126,7 @@ class _Torch:
     """The definition: every other implementation is measured against it, in float64."""
 
     name = "torch"
-
-    @staticmethod
-    def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-        return None
+    refusal = staticmethod(never_refuses)
 
     @staticmethod
     def forward(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from alignfast.kernels import packed_attention_flash as flash
 from alignfast.kernels._autograd import Function, only_once
-from alignfast.kernels._backend import named, native_refusal, register, resolve, triton_refusal
+from alignfast.kernels._backend import named, native_refusal, never_refuses, register, resolve, triton_refusal
 from alignfast.kernels._layout import PackedLayout, Segment
 from alignfast.kernels._native import launch, native_op, unit_columns
 from alignfast.kernels._workspace import workspace
@@ -148,10 +148,7 @@ class _Torch:
     """
 
     name = "torch"
-
-    @staticmethod
-    def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-        return None
+    refusal = staticmethod(never_refuses)
 
     @staticmethod
     def forward(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from alignfast.kernels._autograd import Function, only_once
-from alignfast.kernels._backend import named, native_refusal, register, resolve, triton_refusal
+from alignfast.kernels._backend import named, native_refusal, never_refuses, register, resolve, triton_refusal
 from alignfast.kernels._native import launch, native_op
 from alignfast.kernels._pairwise import LOSSES, Pairs, PreferenceOptions, preference_options, score
 
@@ -277,10 +277,7 @@ class _Torch:
     """The definition: every other implementation is measured against it, in float64."""
 
     name = "torch"
-
-    @staticmethod
-    def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-        return None
+    refusal = staticmethod(never_refuses)
 
     @staticmethod
     def forward(

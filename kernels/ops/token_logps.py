@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from alignfast.kernels._autograd import Function, only_once
-from alignfast.kernels._backend import native_refusal, register, resolve, triton_refusal
+from alignfast.kernels._backend import native_refusal, never_refuses, register, resolve, triton_refusal
 from alignfast.kernels._native import launch, native_op, unit_columns
 from alignfast.kernels._targets import check_targets, outside
 from alignfast.kernels._workspace import fresh_like
@@ -150,10 +150,7 @@ class _Torch:
     """The definition: every other implementation is measured against it, in float64."""
 
     name = "torch"
-
-    @staticmethod
-    def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-        return None
+    refusal = staticmethod(never_refuses)
 
     @staticmethod
     def forward(logits_TV: Tensor, targets_T: Tensor, options: RowOptions) -> Tensor:

@@ -56,14 +56,8 @@ def dense_part_backward(
         return torch.autograd.grad(pull, leaves)
 
 
-@pytest.mark.parametrize("window", [0, 1, 4, 75])
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_flash_parts_merge_to_the_definition(
-    layout: PackedLayout, window: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The GPU's library calls replaced by dense ones: what is held here is the cutting and the merging."""
-    monkeypatch.setattr(packed_attention_flash, "_attend", dense_part)
-    monkeypatch.setattr(packed_attention_flash, "_attend_backward", dense_part_backward)
+def hold_to_the_definition(layout: PackedLayout, window: int) -> None:
+    """Values and gradients of the parts, merged, beside the textbook's in float64."""
     leaves = inputs(layout.num_tokens, (4, 2, 8), torch.float64)
     dout_THE = torch.randn(leaves[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     wanted = c.values_and_gradients(
@@ -74,6 +68,17 @@ def test_flash_parts_merge_to_the_definition(
     gradients = packed_attention_flash.backward(dout_THE, *leaves, out_THE, lse_HT, layout, options)
     for actual, expected in zip((out_THE, *gradients), wanted, strict=True):
         assert (actual - expected).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("window", [0, 1, 4, 75])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_flash_parts_merge_to_the_definition(
+    layout: PackedLayout, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU's library calls replaced by dense ones: what is held here is the cutting and the merging."""
+    monkeypatch.setattr(packed_attention_flash, "_attend", dense_part)
+    monkeypatch.setattr(packed_attention_flash, "_attend_backward", dense_part_backward)
+    hold_to_the_definition(layout, window)
 
 
 class FlashAttn2:
@@ -131,16 +136,7 @@ def test_flash_attn_2_is_called_as_it_wants(
 ) -> None:
     """Where it is installed: grouped heads go in as they are, bounds and lengths by its names."""
     monkeypatch.setattr(packed_attention_flash, "flash_attn_2", lambda: FlashAttn2)
-    leaves = inputs(layout.num_tokens, (4, 2, 8), torch.float64)
-    dout_THE = torch.randn(leaves[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    wanted = c.values_and_gradients(
-        lambda *x: textbook(*x, layout, window=window or None), leaves, [dout_THE]
-    )
-    options = AttentionOptions(8**-0.5, window)
-    out_THE, lse_HT = packed_attention_flash.forward(*leaves, layout, options)
-    gradients = packed_attention_flash.backward(dout_THE, *leaves, out_THE, lse_HT, layout, options)
-    for actual, expected in zip((out_THE, *gradients), wanted, strict=True):
-        assert (actual - expected).abs().max() <= 1e-12
+    hold_to_the_definition(layout, window)
 
 
 @pytest.mark.parametrize("backend", ["auto", "native"])
