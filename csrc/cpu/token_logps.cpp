@@ -6,14 +6,11 @@
 // left out of the sums and joins at the end, which keeps logp exact near 0.
 //
 // x is the transformed logit, t the target, m the largest x over v != t.
-#include "simd.h"
-#include "threads.h"
+#include "row.h"
 
 namespace alignfast::ALIGNFAST_ISA {
 namespace {
 
-constexpr int kBlock = 512;        // 2 KiB: longer blocks made the backward pass slower by 15 to 40 %
-constexpr int kStep = 2 * kLanes;  // two vectors at once, so that one's additions hide the other's latency
 constexpr float kFar = -100.0f;    // e^-100 is 0 in float32, and 0 * -100 is 0 where 0 * -inf is NaN
 
 enum Stat { kLogps, kLse, kEntropy, kMeanLogit, kIsTop1, kSumSqProbs, kStats };
@@ -43,40 +40,18 @@ struct Row {
     logits = static_cast<char*>(tensor.data) + row * tensor.strides[0] * item_size;
   }
 
-  int block_length(int64_t start) const { return classes - start < kBlock ? int(classes - start) : kBlock; }
-  // What to fetch while the block at `start` is summed: a block takes about as long as memory does to answer, so one
-  // ahead comes late (a third more time) and four are in the cache in time.
-  const char* after(int64_t start) const { return logits + (start + 4 * kBlock) * item_size; }
+  // What to fetch while the block at `start` is summed.
+  const char* after(int64_t start) const { return logits + (start + kAhead) * item_size; }
 };
 
-// Reads n logits, pads them with -inf to whole steps, returns the largest.
-template <bool capped, typename T>
-float read_block(const T* z, int n, float factor, float outer, float* x) {
-  const auto transform = [=](F32 value) { return capped ? tanh(value * factor) * outer : value * factor; };
-  F32 largest = splat(-INFINITY);
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const F32 value = transform(load(z + i));
-    store(x + i, value);
-    largest = max(value, largest);
-  }
-  if (i < n) {
-    const F32 value = transform(load_first(z + i, n - i, 0.0f));
-    const F32 padded = lane_numbers() < n - i ? value : splat(-INFINITY);
-    store(x + i, padded);
-    largest = max(padded, largest);
-    i += kLanes;
-  }
-  if (i % kStep) store(x + i, splat(-INFINITY));
-  return max_lane(largest);
-}
-
+// Reads n logits as x, padded with -inf to whole steps, and returns the largest.
 template <bool capped>
-float read_block(const Row& row, int64_t start, int n, float* x) {
+float read_logits(const Row& row, int64_t start, int n, float* x) {
+  const float factor = row.factor, outer = row.outer;
+  const auto transform = [=](F32 value) { return capped ? tanh(value * factor) * outer : value * factor; };
   float largest = 0;
   with_dtype(row.dtype, [&](auto* typed) {
-    const auto* z = reinterpret_cast<decltype(typed)>(row.logits) + start;
-    largest = read_block<capped>(z, n, row.factor, row.outer, x);
+    largest = max_lane(read_block(reinterpret_cast<decltype(typed)>(row.logits) + start, n, x, transform));
   });
   return largest;
 }
@@ -94,12 +69,6 @@ struct Others {
 
   double log_sum() const { return largest == -INFINITY ? 0 : ::log(exps); }
 };
-
-double exact_sum(F32 x) {
-  double total = 0;
-  for (int i = 0; i < kLanes; ++i) total += x[i];
-  return total;
-}
 
 template <bool moments, bool with_squares>
 void add_block(const float* x, int n, const char* next, int item_size, Others& others) {
@@ -146,8 +115,8 @@ Others sum_row(const Row& row, int64_t left_out, bool with_total) {
   alignas(64) float x[kBlock];
   Others others;
   for (int64_t start = 0; start < row.classes; start += kBlock) {
-    const int n = row.block_length(start);
-    float largest = read_block<capped>(row, start, n, x);
+    const int n = block_length(row.classes, start);
+    float largest = read_logits<capped>(row, start, n, x);
     if (with_total) {
       for (int i = 0; i < n; ++i) others.total += x[i];
     }
@@ -165,9 +134,6 @@ Others sum_row(const Row& row, int64_t left_out, bool with_total) {
   }
   return others;
 }
-
-// log(1 + e^x)
-double softplus(double x) { return x > 0 ? x + ::log1p(::exp(-x)) : ::log1p(::exp(x)); }
 
 template <bool capped, bool moments, bool with_squares>
 void forward_row(const Row& row, int64_t target, const Options& options, float* stats, int64_t stride) {
@@ -258,7 +224,7 @@ void fill_row(const Tensor<2>& out, int64_t row, float value) {
   alignas(64) float block[kBlock];
   for (int i = 0; i < kBlock; ++i) block[i] = value;
   for (int64_t start = 0; start < out.sizes[1]; start += kBlock) {
-    write_block(block, out.sizes[1] - start < kBlock ? int(out.sizes[1] - start) : kBlock, out, row, start);
+    write_block(block, block_length(out.sizes[1], start), out, row, start);
   }
 }
 
@@ -274,8 +240,8 @@ void backward_row(const Row& row, int64_t target, const Options& options, const 
   Slopes slopes(row, options, stats, dstats);
   slopes.choose_base<capped>(row, x_t, stats[kLogps], stats[kLse]);
   for (int64_t start = 0; start < row.classes; start += kBlock) {
-    const int n = row.block_length(start);
-    read_block<false>(row, start, n, block);
+    const int n = block_length(row.classes, start);
+    read_logits<false>(row, start, n, block);
     for (int i = 0; i < n; i += kLanes) {
       __builtin_prefetch(row.after(start) + int64_t(i) * row.item_size);
       const F32 dz = differentiate<capped, moments>(load(block + i), slopes, splat(slopes.by_exp), F32{});
@@ -288,20 +254,6 @@ void backward_row(const Row& row, int64_t target, const Options& options, const 
     }
     write_block(block, n, out, out_row, start);
   }
-}
-
-// ---- over the rows ----
-
-template <typename Body>
-void for_rows(int64_t rows, int64_t classes, int64_t threads, Body body) {
-  const int workers = threads_for(rows * classes, threads);
-  if (workers == 1) {
-    for (int64_t row = 0; row < rows; ++row) body(row);
-    return;
-  }
-  const int64_t at_once = 1 + (1 << 15) / (classes + 1);
-#pragma omp parallel for num_threads(workers) schedule(dynamic, at_once)
-  for (int64_t row = 0; row < rows; ++row) body(row);
 }
 
 }  // namespace

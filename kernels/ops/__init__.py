@@ -6,6 +6,7 @@ from alignfast.kernels.linear_loss import Stats, linear_loss
 from alignfast.kernels.linear_token_logps import linear_token_logps
 from alignfast.kernels.packed_attention import PackedLayout, packed_attention
 from alignfast.kernels.preference_loss import packed_preference_loss, preference_loss
+from alignfast.kernels.sample_tokens import sample_tokens
 from alignfast.kernels.token_logps import token_logps
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "packed_preference_loss",
     "preference_loss",
     "report",
+    "sample_tokens",
     "token_logps",
 ]
