@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,11 @@ _NEW_TOKENS = 128
 _BY_DEFAULT = 3
 
 
-def first_prompts(source: Any, number: int | None, num_processes: int = 1) -> list[Prompt]:
-    """The first different prompts of a dataset; None for `number` is 3, where they can be had and answered.
+def first_prompts(
+    source: Any, number: int | None, formats: Sequence[str], num_processes: int = 1
+) -> list[Prompt]:
+    """The first different prompts of a dataset in one of the formats; None for `number` is 3, where they can be had
+    and answered.
 
     Raises:
         ValueError: its rows have no prompt.
@@ -24,7 +28,7 @@ def first_prompts(source: Any, number: int | None, num_processes: int = 1) -> li
         return []
     from alignfast.data import load_rows
 
-    rows = load_rows(source)
+    rows = load_rows(source, formats=formats)
     if number is None:
         number = _BY_DEFAULT if "prompt" in rows[0] else 0
     elif "prompt" not in rows[0]:

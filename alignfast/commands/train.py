@@ -98,7 +98,9 @@ def run(command: str, argv: Sequence[str]) -> None:
         parts = _parts(run_options)
         trainer = SFTTrainer(args=config, **parts)
     source = parts["eval_dataset"] or parts["train_dataset"]
-    samples = first_prompts(source, run_options.sample_prompts, trainer.accelerator.num_processes)
+    samples = first_prompts(
+        source, run_options.sample_prompts, trainer.formats, trainer.accelerator.num_processes
+    )
     if not run_options.resume:
         write_samples(trainer, samples)
     trainer.train(resume_from_checkpoint=True if run_options.resume else None)

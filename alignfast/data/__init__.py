@@ -4,11 +4,20 @@ from alignfast.data.check import DataReport, check_file
 from alignfast.data.formats import FORMATS, Rows, load_rows
 from alignfast.data.packing import LAYOUTS, Batch, Tree, cut, pack
 from alignfast.data.sources import DataError, HubDataset
-from alignfast.data.tokenize import Prepared, PrepareReport, prepare_preference, prepare_sft
+from alignfast.data.tokenize import (
+    PREFERENCE_FORMATS,
+    SFT_FORMATS,
+    Prepared,
+    PrepareReport,
+    prepare_preference,
+    prepare_sft,
+)
 
 __all__ = [
     "FORMATS",
     "LAYOUTS",
+    "PREFERENCE_FORMATS",
+    "SFT_FORMATS",
     "Batch",
     "DataError",
     "DataReport",

@@ -101,11 +101,18 @@ class Rows:
         return replace(self, format=format, conversational=conversational, items=items)
 
 
-def load_rows(source: Source, *, split: str = "train", config: str | None = None) -> Rows:
+def load_rows(
+    source: Source,
+    *,
+    formats: Sequence[str] = tuple(FORMATS),
+    split: str = "train",
+    config: str | None = None,
+) -> Rows:
     """Read and check all rows of a source.
 
     Args:
         source: see `sources.open_source`.
+        formats: keys of `FORMATS` that may be made of the columns; other columns are not looked at.
         split: which part of a dataset from the hub; files and lists have no parts.
         config: which of its configs, where it has several.
 
@@ -117,6 +124,8 @@ def load_rows(source: Source, *, split: str = "train", config: str | None = None
     >>> rows = load_rows([("2 + 2 =", " 4", " 5")])
     >>> rows.format, rows.conversational, rows[0]["chosen"]
     ('preference', False, ' 4')
+    >>> load_rows([{"text": "yes", "chosen": "yes", "rejected": ""}], formats=["text"])[0]["text"]
+    'yes'
     >>> load_rows([{"prompt": "2 + 2 =", "completion": ""}])
     Traceback (most recent call last):
     alignfast.data.sources.DataError: list of 1 rows, index 0: column 'completion' is empty
@@ -125,17 +134,20 @@ def load_rows(source: Source, *, split: str = "train", config: str | None = None
         if not isinstance(source, str) or means_file(source):
             raise ValueError(f"config={config!r} is for a dataset's name on the hub, got {_briefly(source)}")
         source = HubDataset(source, config, split)
-    rows, bad = scan(source, split=split, stop=True)
+    rows, bad = scan(source, formats=formats, split=split, stop=True)
     if bad:
         raise DataError(": ".join(bad[0]))
     return rows
 
 
-def scan(source: Source, *, split: str = "train", stop: bool = False) -> tuple[Rows, list[tuple[str, str]]]:
+def scan(
+    source: Source, *, formats: Sequence[str] = tuple(FORMATS), split: str = "train", stop: bool = False
+) -> tuple[Rows, list[tuple[str, str]]]:
     """Read all rows that can be read, and (place, reason) of each that can't.
 
     Args:
         source: see `sources.open_source`.
+        formats: as in `load_rows`.
         split: which part of a dataset from the hub.
         stop: end at the first bad row.
 
@@ -154,7 +166,7 @@ def scan(source: Source, *, split: str = "train", stop: bool = False) -> tuple[R
             if isinstance(row, str):
                 raise _BadRow(row)
             if not items:  # the first row that can be read decides for all
-                format, columns = _detect(row, plain_labels=stop), tuple(row)
+                format, columns = _detect(row, formats, plain_labels=stop), tuple(row)
                 conversational = _is_conversational(row, format)
             items.append(_checked(row, format, conversational))
             numbers.append(number)
@@ -171,13 +183,19 @@ class _BadRow(Exception):
     """Why a row can't be used; the caller knows its place."""
 
 
-def _detect(row: Row, plain_labels: bool) -> str:
-    for format in _made_by(row):
-        # Who trains may have a label that is a class; who checks a file hears that it is no thumb.
-        if format == "thumbs" and plain_labels and not _is_bool(row["label"]):
-            continue
-        return format
-    raise _BadRow(f"its columns ({', '.join(row)}) are no known format; known are {_spelled(FORMATS)}")
+def _detect(row: Row, formats: Sequence[str], plain_labels: bool) -> str:
+    made = [format for format in _made_by(row) if format in formats]
+    if not made:
+        known = (
+            "are no known format; known are"
+            if set(formats) == set(FORMATS)
+            else "make no format that is taken here:"
+        )
+        raise _BadRow(f"its columns ({', '.join(row)}) {known} {_spelled(formats)}")
+    # Who trains may have a label that is a class; who checks a file hears that it is no thumb.
+    if made[0] == "thumbs" and plain_labels and len(made) > 1 and not _is_bool(row["label"]):
+        return made[1]
+    return made[0]
 
 
 def _made_by(columns: Collection[str]) -> Iterator[str]:

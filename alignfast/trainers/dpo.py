@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from alignfast.data import Batch, Prepared, Rows, Tree, prepare_preference
+from alignfast.data import PREFERENCE_FORMATS, Batch, Prepared, Rows, Tree, prepare_preference
 from alignfast.kernels._pairwise import LOSSES
 from alignfast.losses import dpo_counts, dpo_groups, dpo_loss, dpo_stats
 from alignfast.trainers.batches import Counts, num_predictions
@@ -90,6 +90,7 @@ class DPOTrainer(Trainer):
 
     args: DPOConfig
     config_class = DPOConfig
+    formats = PREFERENCE_FORMATS
     reference: Reference
 
     def __init__(

@@ -64,6 +64,7 @@ class Trainer:
     """
 
     config_class: ClassVar[type[TrainerConfig]]
+    formats: ClassVar[tuple[str, ...]]  # of rows that it trains on
     forwards_beside = 0  # passes over a batch's tokens beside the trained one
     args: Any  # a config_class
     module: Policy  # the model with its log-probs
@@ -392,7 +393,7 @@ class Trainer:
     def _read(self, source: Any) -> Data:
         if source is None:
             return NO_DATA
-        prepared, module = self.prepare(load_rows(source)), self.module
+        prepared, module = self.prepare(load_rows(source, formats=self.formats)), self.module
         return join_data(self.all_data, prepared, self.args, module.vocabulary, module.positions)
 
     def _pack(self, data: Data, rows: list[int]) -> Batch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from alignfast.data import Batch, Prepared, Rows, Tree, prepare_sft
+from alignfast.data import SFT_FORMATS, Batch, Prepared, Rows, Tree, prepare_sft
 from alignfast.losses import SFT_STATS, sft_counts, sft_loss
 from alignfast.trainers.batches import Counts, num_predictions
 from alignfast.trainers.config import TrainerConfig, config
@@ -43,6 +43,7 @@ class SFTTrainer(Trainer):
 
     args: SFTConfig
     config_class = SFTConfig
+    formats = SFT_FORMATS
 
     def prepare(self, rows: Rows) -> Prepared:
         """Trees of one answer each."""

@@ -284,3 +284,17 @@ def test_other_suffixes_and_types_are_refused(tmp_path: Path) -> None:
         load_rows(datasets.DatasetDict({"test": datasets.Dataset.from_list([GOOD])}))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="without streaming=True"):
         load_rows(datasets.Dataset.from_list([GOOD]).to_iterable_dataset())  # type: ignore[arg-type]
+
+
+def test_only_the_columns_of_the_formats_asked_for_are_looked_at() -> None:
+    row = {"messages": [user("a"), assistant("b")], "chosen": "b", "rejected": ""}
+    with pytest.raises(DataError, match="column 'rejected' is empty"):
+        load_rows([row])
+    assert load_rows([row], formats=["text", "messages"]).format == "messages"
+    with pytest.raises(DataError, match=r"make no format that is taken here: prompt\+completion\+label"):
+        load_rows([row], formats=["thumbs"])
+    thumb = {"prompt": "a", "completion": "b", "label": 1}
+    with pytest.raises(
+        DataError, match="'label' must be true or false, got 1"
+    ):  # no other format to fall back to
+        load_rows([thumb], formats=["thumbs"])
