@@ -5,6 +5,7 @@ from alignfast.kernels.gae import gae
 from alignfast.kernels.linear_loss import Stats, linear_loss
 from alignfast.kernels.linear_token_logps import linear_token_logps
 from alignfast.kernels.packed_attention import PackedLayout, packed_attention
+from alignfast.kernels.paged_attention import paged_attention
 from alignfast.kernels.preference_loss import packed_preference_loss, preference_loss
 from alignfast.kernels.sample_tokens import sample_tokens
 from alignfast.kernels.token_logps import token_logps
@@ -17,6 +18,7 @@ __all__ = [
     "linear_token_logps",
     "packed_attention",
     "packed_preference_loss",
+    "paged_attention",
     "preference_loss",
     "report",
     "sample_tokens",

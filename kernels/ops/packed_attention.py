@@ -69,18 +69,28 @@ def packed_attention(
     torch.Size([5, 2, 8])
     """
     _check(query_THE, key_TKE, value_TKE, layout)
-    if window is not None and window < 1:
-        raise ValueError(f"window must be >= 1, or None for no limit, got {window}")
-    if softcap is not None and (not softcap > 0 or math.isinf(softcap)):
-        raise ValueError(f"softcap must be a positive number, or None for no cap, got {softcap}")
-    scale = query_THE.shape[-1] ** -0.5 if scale is None else scale
-    options = AttentionOptions(scale, window or 0, softcap or 0.0)
+    options = attention_options(query_THE.shape[-1], scale, window, softcap)
     implementation = resolve("packed_attention", query_THE.device, query_THE.dtype, backend)
     # On a GPU a library's flash attention comes first, in the parts that `_Torch` cuts: Triton's has not been measured
     # beside it yet. Its cutting is Python that a traced graph had better not hold.
     if named(backend) == "auto" and flash.takes(query_THE, options) and not torch.compiler.is_compiling():
         implementation = _Torch
     return _PackedAttention.apply(query_THE, key_TKE, value_TKE, layout, options, implementation)[0]
+
+
+def attention_options(
+    width: int, scale: float | None, window: int | None, softcap: float | None
+) -> AttentionOptions:
+    """The options of attention over heads of a width, checked.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+    if window is not None and window < 1:
+        raise ValueError(f"window must be >= 1, or None for no limit, got {window}")
+    if softcap is not None and (not softcap > 0 or math.isinf(softcap)):
+        raise ValueError(f"softcap must be a positive number, or None for no cap, got {softcap}")
+    return AttentionOptions(width**-0.5 if scale is None else scale, window or 0, softcap or 0.0)
 
 
 def _check(query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, layout: PackedLayout) -> None:

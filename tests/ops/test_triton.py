@@ -57,6 +57,11 @@ def test_row_kernels_compile() -> None:
     assert_fit(compiled(*jobs), 2 + 2 + 4 + 2)
 
 
+def test_paged_attention_compiles() -> None:
+    jobs = [("paged_attention", 90, "bfloat16", {}), ("paged_attention", 80, "float32", {"window": 512})]
+    assert_fit(compiled(*jobs), 2 * 2)
+
+
 def test_attention_kernels_compile() -> None:
     jobs = [("packed_attention", 90, "bfloat16", {}), ("packed_attention", 80, "bfloat16", SMALL)]
     assert_fit(compiled(*jobs), 2 * 3)

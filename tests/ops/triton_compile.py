@@ -95,6 +95,7 @@ def catch(op: str, dtype: torch.dtype, tokens: int, **options: Any) -> list[Laun
             "preference_loss": _preference_loss,
             "packed_attention": _packed_attention,
             "gae": _gae,
+            "paged_attention": _paged_attention,
         }[op](dtype, tokens, **options)
     finally:
         JITFunction.run = run
@@ -150,6 +151,18 @@ def _packed_attention(
     q_THE, k_TKE = _meta(tokens, 32, width, dtype=dtype), _meta(tokens, 8, width, dtype=dtype)
     out_THE, norms_HT2 = packed_attention_triton.forward(q_THE, k_TKE, k_TKE, layout, options)
     packed_attention_triton.backward(q_THE, q_THE, k_TKE, k_TKE, out_THE, norms_HT2, layout, options)
+
+
+def _paged_attention(dtype: torch.dtype, tokens: int, window: int = 0) -> None:
+    from alignfast.kernels import paged_attention_triton
+    from alignfast.kernels.packed_attention import AttentionOptions
+
+    pages_NPKE = _meta(4096, 16, 8, 128, dtype=dtype)
+    pages_SM, length_S = _meta(64, tokens // 64, dtype=torch.int32), _meta(64, dtype=torch.int32)
+    options = AttentionOptions(0.1, window, 0.0)
+    paged_attention_triton.forward(
+        _meta(64, 32, 128, dtype=dtype), pages_NPKE, pages_NPKE, pages_SM, length_S, options
+    )
 
 
 if __name__ == "__main__":
