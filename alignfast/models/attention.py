@@ -1,7 +1,9 @@
 """Our packed attention as an attention backend of transformers, named `alignfast`.
 
-The layout travels to every attention layer as the forward keyword `packed_layout`. A call without one behaves
-exactly as `sdpa`, so that the user's own forward and generate stay right while a model is attached.
+The layout travels to every attention layer as the forward keyword `packed_layout`, and in generation the cache as
+`packed_cache`: with a layout a layer's keys and values are stored in it, without one each token is a sequence's newest
+and attends to what is stored. A call with neither behaves exactly as `sdpa`, so that the user's own forward and generate
+stay right while a model is attached.
 
 Keywords are a whitelist: one that changes the result is obeyed, one that can't is ignored, any other that is not
 None is refused. Models were seen to pass sinks or biases through this interface and come out silently wrong.
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,18 @@ _HARMLESS = frozenset(
 )  # fmt: skip
 
 
+class KeyValueCache(Protocol):
+    """Where generation keeps keys and values; letters as in `attention_forward`, T tokens of this forward pass."""
+
+    def store(self, layer: int, key_TKE: Tensor, value_TKE: Tensor) -> None:
+        """Keep a layer's keys and values."""
+
+    def attend(
+        self, layer: int, query_THE: Tensor, scale: float | None, window: int | None, softcap: float | None
+    ) -> Tensor:
+        """Attention of each sequence's newest token over what is stored of it."""
+
+
 class ModelRefused(ValueError):
     """A model can't be trained the way that was asked for; the message says why and names the way out."""
 
@@ -44,6 +58,7 @@ def attention_forward(
     value_BKTE: Tensor,
     attention_mask: Tensor | None,
     packed_layout: PackedLayout | None = None,
+    packed_cache: KeyValueCache | None = None,
     packed_backend: str = "auto",
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -56,7 +71,7 @@ def attention_forward(
     Raises:
         ModelRefused: the layer asks for something that packed attention does not do.
     """
-    if packed_layout is None:
+    if packed_layout is None and packed_cache is None:
         return sdpa_attention_forward(
             module, query_BHTE, key_BKTE, value_BKTE, attention_mask,
             dropout=dropout, scaling=scaling, sliding_window=sliding_window, softcap=softcap, **kwargs,
@@ -66,10 +81,12 @@ def attention_forward(
     device = query_BHTE.device.type
     if torch.is_autocast_enabled(device):  # rotary embeddings hand on float32 queries and keys
         states = [x_THE.to(torch.get_autocast_dtype(device)) for x_THE in states]
-    out_THE = packed_attention(
-        *states, packed_layout, scale=scaling, window=sliding_window, softcap=softcap, backend=packed_backend,
-    )  # fmt: skip
-    return out_THE[None], None
+    options = dict(scale=scaling, window=sliding_window, softcap=softcap)
+    if packed_cache is not None:
+        packed_cache.store(module.layer_idx, *states[1:])
+    if packed_layout is None:
+        return packed_cache.attend(module.layer_idx, states[0], **options)[None], None
+    return packed_attention(*states, packed_layout, **options, backend=packed_backend)[None], None
 
 
 def _check_layer(

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alignfast.data.packing import Batch, Tree, pack
-from alignfast.kernels import linear_loss, linear_token_logps
+from alignfast.kernels import PackedLayout, linear_loss, linear_token_logps
+from alignfast.kernels._workspace import workspace
 from alignfast.kernels.linear_loss import LossFn
 from alignfast.models.attention import (
     NAME,
+    KeyValueCache,
     ModelRefused,
     attention_set,
     check_layer_kinds,
@@ -141,6 +143,34 @@ class Policy(nn.Module):
         )
         hidden_PD = output.last_hidden_state.flatten(0, 1).index_select(0, batch.source_P)
         return hidden_PD, self._router_loss(output, batch) if mixture else None
+
+    def next_hidden(
+        self,
+        ids_L: Tensor,
+        position_L: Tensor,
+        cache: KeyValueCache,
+        layout: PackedLayout | None = None,
+    ) -> Tensor:
+        """Hidden states, for generation: of whole prompts in a layout, or without one of each sequence's newest token.
+
+        To be called under packed attention, without gradients; keys and values go into the cache.
+        """
+        output = self.base.base_model(
+            input_ids=ids_L[None], position_ids=position_L[None], attention_mask=no_mask(ids_L.device), use_cache=False,
+            packed_layout=layout, packed_cache=cache, packed_backend=self.backend,
+        )  # fmt: skip
+        return output.last_hidden_state[0]
+
+    @contextmanager
+    def next_logits(self, hidden_ND: Tensor) -> Iterator[Tensor]:
+        """Logits of hidden rows, in memory that is lent for the block."""
+        head = head_of(self.base)
+        if head.scale != 1 or head.softcap is not None or head.bias_V is not None:
+            yield logits_of(hidden_ND, head)
+            return
+        shape = (len(hidden_ND), len(head.weight_VD))
+        with workspace(shape, head.weight_VD.dtype, hidden_ND.device) as logits_NV:
+            yield torch.mm(hidden_ND.to(head.weight_VD.dtype), head.weight_VD.T, out=logits_NV)
 
     def _router_loss(self, output: Any, batch: Batch) -> Tensor:
         """Load-balancing loss of the model's own kind, over the tokens computed."""

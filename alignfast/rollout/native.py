@@ -1,0 +1,244 @@
+"""Our own engine: packed prefill, each prompt once for all its completions, then one token a sequence and step.
+
+A step is one forward pass over a row of S tokens, each the newest of its sequence; attention reads the cache's pages,
+the head's logits go straight into `sample_tokens`. The model is the one that is trained: a changed weight is seen by the
+next token, and the log-probs are those that its trainer computes on the same tokens.
+
+Letters: L tokens of prompts, R prompts, S sequences, M pages of a sequence, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from alignfast.kernels import PackedLayout, sample_tokens
+from alignfast.models.attention import NAME, attention_set
+from alignfast.models.policy import Policy
+from alignfast.rollout.cache import PagedCache
+from alignfast.rollout.finish import Finish
+from alignfast.rollout.pages import Pages
+from alignfast.rollout.prompts import check_room, encode_prompt, end_tokens
+from alignfast.rollout.sampling import Completion, Prompt, Sampling
+from alignfast.rollout.scheduler import PromptState, Running, Scheduler, Started, pages_needed
+
+_PAGE = 16
+
+
+class NativeEngine:
+    """Completions by packed attention and a paged cache.
+
+    Args:
+        policy: the model; it stays on its device, its mode is put back after each call.
+        tokenizer: its tokenizer.
+        max_sequences: that run at once.
+        cache_tokens: tokens that the cache holds at most; None: as many as `max_sequences` of a call may need. Fewer make
+            sequences wait.
+        max_prefill_tokens: of prompts in one forward pass.
+
+    >>> engine = NativeEngine(Policy(model), tokenizer)  # doctest: +SKIP
+    >>> engine.generate(["The cat"], Sampling(max_new_tokens=8))[0][0].text  # doctest: +SKIP
+    ' sat on the mat.'
+    """
+
+    name = "native"
+
+    def __init__(
+        self,
+        policy: Policy,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_sequences: int = 256,
+        cache_tokens: int | None = None,
+        max_prefill_tokens: int = 8192,
+    ) -> None:
+        for name, value in (("max_sequences", max_sequences), ("max_prefill_tokens", max_prefill_tokens)):
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        self.policy, self.tokenizer = policy, tokenizer
+        self.max_sequences, self.cache_tokens = max_sequences, cache_tokens
+        self.max_prefill_tokens = max_prefill_tokens
+        self._cache: PagedCache | None = None
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, sequence_ids: Sequence[int] | None = None
+    ) -> list[list[Completion]]:
+        """See `RolloutEngine.generate`."""
+        encoded = [tuple(encode_prompt(self.tokenizer, prompt)) for prompt in prompts]
+        check_room(encoded, self.policy.vocabulary, self.policy.positions)
+        sequences = self._sequences(encoded, sampling, sequence_ids)
+        found: dict[int, Completion] = {}
+        if sequences:
+            with self._attached():
+                for sequence, completion in self._run(sequences, sampling):
+                    found[sequence.index] = completion
+        n = sampling.n
+        return [[found[i * n + j] for j in range(n)] for i in range(len(prompts))]
+
+    def _sequences(
+        self, encoded: list[tuple[int, ...]], sampling: Sampling, sequence_ids: Sequence[int] | None
+    ) -> list[Running]:
+        """All completions that are asked for, those of one prompt next to each other."""
+        n, positions = sampling.n, self.policy.positions
+        numbers = range(len(encoded) * n) if sequence_ids is None else sequence_ids
+        if len(numbers) != len(encoded) * n:
+            raise ValueError(
+                f"expected a sequence id for each of {len(encoded) * n} completions, got {len(numbers)}"
+            )
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, ids in enumerate(encoded):
+            groups.setdefault(ids, []).extend(range(i * n, (i + 1) * n))
+        sequences = []
+        for ids, members in groups.items():
+            prompt = PromptState(ids, left=len(members))
+            room = sampling.max_new_tokens if positions is None else positions - len(ids)
+            limit = min(sampling.max_new_tokens, room)
+            sequences += [Running(prompt, index, numbers[index], limit) for index in members]
+        return sequences
+
+    @contextmanager
+    def _attached(self) -> Iterator[None]:
+        training = self.policy.training
+        self.policy.eval()
+        try:
+            with attention_set(self.policy.base, NAME):
+                yield
+        finally:
+            self.policy.train(training)
+
+    def _run(self, sequences: list[Running], sampling: Sampling) -> Iterator[tuple[Running, Completion]]:
+        """Completions as they end."""
+        cache = self._cache_for(sequences)
+        stops = sampling.stop_token_ids
+        if stops is None:
+            stops = end_tokens(self.policy.base, self.tokenizer)
+        finish = Finish(self.tokenizer, frozenset(stops), sampling.stop)
+        pages = Pages(cache.num_pages, cache.size)
+        scheduler = Scheduler(sequences, pages, self.max_sequences, self.max_prefill_tokens)
+        step = _Step(self.policy, cache, sampling)
+        while not scheduler.done:
+            started = scheduler.admit()
+            drawn = started.sequences
+            if drawn:
+                step.prefill(started)
+            else:
+                drawn = scheduler.running
+                step.decode(drawn)
+            ended = {}
+            for sequence in drawn:
+                completion = finish.completion(sequence)
+                if completion is not None:
+                    ended[sequence] = completion
+            scheduler.finish(set(ended))
+            yield from ended.items()
+
+    def _cache_for(self, sequences: list[Running]) -> PagedCache:
+        """A cache that is large enough, kept for the next call."""
+        wanted, least = pages_needed(sequences, _PAGE, self.max_sequences)
+        if self.cache_tokens is not None:
+            wanted = min(wanted, self.cache_tokens // _PAGE)
+            if wanted < least:
+                raise ValueError(
+                    f"cache_tokens={self.cache_tokens} is too few: the longest prompt with its completion may need "
+                    f"{least * _PAGE}"
+                )
+        if self._cache is None or self._cache.num_pages < wanted:
+            self._cache = PagedCache(wanted, _PAGE, backend=self.policy.backend)
+        return self._cache
+
+
+class _Step:
+    """Forward passes of one call, and what is drawn from them."""
+
+    def __init__(self, policy: Policy, cache: PagedCache, sampling: Sampling) -> None:
+        self.policy, self.cache, self.sampling = policy, cache, sampling
+        self.device = next(policy.parameters()).device
+        self._prompt: PromptState | None = None  # the one whose sequences have not all started, and its last row
+        self._hidden_1D = torch.empty(0)
+
+    def prefill(self, started: Started) -> None:
+        """Compute new prompts, and draw the first token of each new sequence."""
+        row_of: dict[PromptState, int] = {}
+        hidden_RD = self._hidden_1D
+        if self._prompt is not None:
+            row_of[self._prompt] = 0
+        if started.prompts:
+            new_RD = self._prompts(started.prompts)
+            first = len(row_of)
+            hidden_RD = torch.cat((self._hidden_1D, new_RD)) if first else new_RD
+            row_of |= {prompt: first + i for i, prompt in enumerate(started.prompts)}
+        sequences = started.sequences
+        rows_S = torch.tensor([row_of[sequence.prompt] for sequence in sequences], device=self.device)
+        self.cache.copy_pages(*zip(*started.copies)) if started.copies else None
+        self._draw(hidden_RD, sequences, rows_S)
+        last = sequences[-1].prompt
+        self._prompt = last if last.left else None
+        if last.left:
+            row = row_of[last]
+            self._hidden_1D = hidden_RD[row : row + 1].clone()
+
+    def _prompts(self, prompts: list[PromptState]) -> Tensor:
+        """Hidden state of each prompt's last token; their keys and values are stored."""
+        layout = PackedLayout.of_sequences(len(prompt.ids) for prompt in prompts)
+        ids_L = torch.tensor([*chain.from_iterable(prompt.ids for prompt in prompts)], device=self.device)
+        rows = [_rows(prompt.pages, np.arange(len(prompt.ids)), self.cache.size) for prompt in prompts]
+        self.cache.begin_prefill(torch.from_numpy(np.concatenate(rows)).to(self.device))
+        position_L = layout.positions().to(self.device)
+        hidden_LD = self.policy.next_hidden(ids_L, position_L, self.cache, layout)
+        last_R = torch.tensor([len(prompt.ids) for prompt in prompts], device=self.device).cumsum(0) - 1
+        return hidden_LD[last_R]
+
+    def decode(self, sequences: list[Running]) -> None:
+        """Draw the next token of each sequence."""
+        length_S = np.array([sequence.length for sequence in sequences], np.int64)
+        pages_SM = np.zeros((len(sequences), max(len(s.pages) for s in sequences)), np.int32)
+        for row, sequence in zip(pages_SM, sequences):
+            row[: len(sequence.pages)] = sequence.pages
+        newest_S = length_S - 1
+        page_S = np.take_along_axis(pages_SM, newest_S[:, None] // self.cache.size, 1)[:, 0].astype(np.int64)
+        row_S = page_S * self.cache.size + newest_S % self.cache.size
+        row_S, pages_SM, length_S, newest_S, ids_S = (
+            torch.from_numpy(x).to(self.device)
+            for x in (
+                row_S,
+                pages_SM,
+                length_S.astype(np.int32),
+                newest_S,
+                np.array([sequence.tokens[-1] for sequence in sequences], np.int64),
+            )
+        )
+        self.cache.begin_step(row_S, pages_SM, length_S)
+        self._draw(self.policy.next_hidden(ids_S, newest_S, self.cache), sequences)
+
+    def _draw(self, hidden_RD: Tensor, sequences: list[Running], rows_S: Tensor | None = None) -> None:
+        """Draw a token of each sequence, from its own row or from the rows named."""
+        sampling = self.sampling
+        numbers = ([s.number for s in sequences], [len(s.tokens) for s in sequences])
+        sequence_S, position_S = (torch.tensor(x, device=self.device) for x in numbers)
+        with self.policy.next_logits(hidden_RD) as logits_RV:
+            tokens_S, logps_S, sampled_logps_S = sample_tokens(
+                logits_RV if rows_S is None else logits_RV[rows_S],
+                temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p,
+                seed=sampling.seed, sequence_B=sequence_S, position_B=position_S, backend=self.policy.backend,
+            )  # fmt: skip
+        drawn = zip(sequences, tokens_S.tolist(), logps_S.tolist(), sampled_logps_S.tolist())
+        for sequence, token, logp, sampled_logp in drawn:
+            if token < 0:
+                raise RuntimeError(
+                    f"the model's logits after {sequence.length} tokens are no numbers: there is nothing to draw from"
+                )
+            sequence.tokens.append(token)
+            sequence.logps.append(logp)
+            sequence.sampled_logps.append(sampled_logp)
+
+
+def _rows(pages: Sequence[int], positions: np.ndarray, size: int) -> np.ndarray:
+    """Rows of the cache at which tokens of a sequence lie."""
+    return np.asarray(pages, np.int64)[positions // size] * size + positions % size
