@@ -39,10 +39,14 @@ class GenerateOptions:
     """Sample among the likeliest tokens that hold this probability."""
     top_k: int = 0
     """Sample among so many likeliest tokens; 0 among all."""
+    min_p: float = 0.0
+    """Sample among tokens at least this share as likely as the likeliest."""
+    stop: list[str] | None = None
+    """Texts that end a completion, and are left out of it."""
     num_samples: int = 1
     """Completions of each prompt."""
-    batch_size: int = 32
-    """Completions computed at once."""
+    engine: str = "native"
+    """`native` (packed, continuous batching), or `transformers` for a model that can't be packed."""
     seed: int = 0
     """Of the samples."""
     dtype: str = "auto"
@@ -64,26 +68,28 @@ def run(command: str, argv: Sequence[str]) -> None:
     import torch
 
     from alignfast.models import load_policy, load_tokenizer
-    from alignfast.rollout import generate_texts
+    from alignfast.rollout import Sampling, make_engine
 
     device = "cuda" if torch.cuda.is_available() and not options.use_cpu else "cpu"
     trust = options.trust_remote_code
-    policy = load_policy(options.model, layout="padded", dtype=options.dtype, trust_remote_code=trust)
-    model: Any = policy.model
-    found = generate_texts(
-        model.to(device),
-        load_tokenizer(options.tokenizer, options.model, trust_remote_code=trust),
-        prompts,
-        chat=options.chat,
+    layout = "padded" if options.engine == "transformers" else "shared"
+    policy = load_policy(options.model, layout=layout, dtype=options.dtype, trust_remote_code=trust)
+    tokenizer = load_tokenizer(options.tokenizer, options.model, trust_remote_code=trust)
+    sampling = Sampling(
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_p=options.top_p,
         top_k=options.top_k,
-        num_samples=options.num_samples,
-        batch_size=options.batch_size,
+        min_p=options.min_p,
+        n=options.num_samples,
         seed=options.seed,
+        stop=tuple(options.stop or ()),
     )
-    rows = [_row(prompt, text) for prompt, texts in zip(prompts, found) for text in texts]
+    engine = make_engine(options.engine, policy.to(device), tokenizer)
+    chat = tokenizer.chat_template is not None if options.chat is None else options.chat
+    turns = [_as_turn(prompt) if chat else prompt for prompt in prompts]
+    found = engine.generate(turns, sampling)
+    rows = [_row(prompt, c.text) for prompt, completions in zip(prompts, found) for c in completions]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if options.output is None:
         sys.stdout.write(lines)
@@ -116,6 +122,10 @@ def read_prompts(file: Path) -> list[Prompt]:
     if not prompts:
         raise DataError(f"{file}: there is no prompt")
     return prompts
+
+
+def _as_turn(prompt: Prompt) -> Prompt:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def _row(prompt: Prompt, text: str) -> dict[str, Any]:

@@ -47,25 +47,21 @@ def write_samples(trainer: Trainer, prompts: list[Prompt]) -> None:
     """
     if not prompts:
         return
-    from alignfast.rollout import generate_texts
+    from alignfast.rollout import Sampling, make_engine
 
     if trainer.accelerator.num_processes > 1:
         raise ValueError(
             "sample_prompts is for one process: set it to 0, and use `alignfast generate` afterwards"
         )
-    model: Any = trainer.model
+    engine = "transformers" if trainer.module.layout == "padded" else "native"
+    policy = trainer.module.to(trainer.accelerator.device)
     # Plain prompts are trained on as they are, so that they are answered as they are.
-    answers = generate_texts(
-        model.to(trainer.accelerator.device),
-        trainer.processing_class,
-        prompts,
-        chat=False,
-        max_new_tokens=_NEW_TOKENS,
-        temperature=0,
+    found = make_engine(engine, policy, trainer.processing_class).generate(
+        prompts, Sampling(max_new_tokens=_NEW_TOKENS, temperature=0)
     )
     file = Path(trainer.args.folder) / "samples.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w" if trainer.state.global_step == 0 else "a") as lines:
-        for prompt, (text,) in zip(prompts, answers):
-            row = {"step": trainer.state.global_step, "prompt": prompt, "completion": text}
+        for prompt, (completion,) in zip(prompts, found):
+            row = {"step": trainer.state.global_step, "prompt": prompt, "completion": completion.text}
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")

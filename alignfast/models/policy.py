@@ -35,7 +35,7 @@ from alignfast.models.head import Head, head_of
 # Largest difference between packed and plain logits that the probe takes for rounding, as a share of the largest
 # logit. Trained models that packing gets wrong were off by 0.2 and more, tiny random ones by 2e-4. float64 is held no
 # tighter than float32: the models round to that inside.
-_PROBE_TOLERANCE = {torch.float64: 2e-5, torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+PROBE_TOLERANCE = {torch.float64: 2e-5, torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 class Policy(nn.Module):
@@ -250,7 +250,7 @@ class Policy(nn.Module):
             ours_PV = logits_of(hidden_PD, head_of(self.base))
             # eager is the model's own definition: stock sdpa drops Gemma 2's softcap
             with self.attached() if self.layout == "padded" else attention_set(self.base, "eager"):
-                theirs_PV = torch.cat([self._plain_logits(prompt, answer, device) for answer in answers])
+                theirs_PV = torch.cat([self.plain_logits(prompt, answer, device) for answer in answers])
         except ModelRefused:
             raise
         except Exception as error:
@@ -260,7 +260,7 @@ class Policy(nn.Module):
         finally:
             self.train(training)
         difference = float((ours_PV.float() - theirs_PV.float()).abs().max() / theirs_PV.float().abs().max())
-        tolerance = _PROBE_TOLERANCE[ours_PV.dtype]
+        tolerance = PROBE_TOLERANCE[ours_PV.dtype]
         if not difference <= tolerance:
             remedy = "use layout='padded'" if self.layout != "padded" else "its head is not understood"
             raise ModelRefused(
@@ -268,7 +268,7 @@ class Policy(nn.Module):
                 f"by {difference:.1e} of the largest (rounding explains {tolerance:.0e}); {remedy}"
             )
 
-    def _plain_logits(self, prompt: tuple[int, ...], answer: tuple[int, ...], device: torch.device) -> Tensor:
+    def plain_logits(self, prompt: tuple[int, ...], answer: tuple[int, ...], device: torch.device) -> Tensor:
         """The logits that predict an answer, by the model's own forward."""
         output = self.base(input_ids=torch.tensor([prompt + answer], device=device))
         return output.logits[0, len(prompt) - 1 : -1]

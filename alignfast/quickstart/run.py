@@ -19,11 +19,13 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignfast.evaluation import WinRate, win_rate
+from alignfast.models.policy import Policy
 from alignfast.quickstart import grammar
 from alignfast.quickstart.grammar import Question
 from alignfast.quickstart.judges import second_judge, simulated_user, vote
 from alignfast.quickstart.model import make_model, make_tokenizer
-from alignfast.rollout import generate_texts
+from alignfast.rollout import Sampling
+from alignfast.rollout.native import NativeEngine
 from alignfast.trainers.dpo import DPOConfig, DPOTrainer
 from alignfast.trainers.sft import SFTConfig, SFTTrainer
 
@@ -192,15 +194,10 @@ def _answers(
     number: int,
     seed: int,
 ) -> list[list[str]]:
-    return generate_texts(
-        model,
-        tokenizer,
-        [question.text for question in questions],
-        max_new_tokens=_ANSWER_TOKENS,
-        num_samples=number,
-        batch_size=256,
-        seed=seed,
-    )
+    chats = [[{"role": "user", "content": question.text}] for question in questions]
+    sampling = Sampling(max_new_tokens=_ANSWER_TOKENS, n=number, seed=seed)
+    found = NativeEngine(Policy(model), tokenizer).generate(chats, sampling)
+    return [[completion.text for completion in completions] for completions in found]
 
 
 def _measure(

@@ -7,7 +7,9 @@ from transformers import PreTrainedTokenizerBase
 from alignfast.rollout.sampling import Completion, FinishReason
 from alignfast.rollout.scheduler import Running
 
-_LOOK_BACK = 8  # tokens decoded again beyond the stop text's own length, since a token may hold half a character
+_LOOK_BACK = (
+    8  # tokens decoded again beyond the stop text's own length, since a token may hold half a character
+)
 
 
 class Finish:
@@ -29,7 +31,7 @@ class Finish:
         """The completion, if the sequence's newest token ends it."""
         reason: FinishReason
         stopped = sequence.tokens[-1] in self.stop_ids
-        if stopped or self._stopped_by_text(sequence):
+        if stopped or self.stopped_by_text(sequence.tokens):
             reason = "stop"
         elif len(sequence.tokens) >= sequence.limit:
             reason = "length"
@@ -45,11 +47,11 @@ class Finish:
             text=self.text(sequence.tokens[:-1] if stopped else sequence.tokens),
         )
 
-    def _stopped_by_text(self, sequence: Running) -> bool:
+    def stopped_by_text(self, tokens: list[int]) -> bool:
         """Whether a stop text stands in the last tokens: one that ended earlier would have stopped it then."""
         if not self.stop_texts:
             return False
-        text = self.tokenizer.decode(sequence.tokens[-self._reach :], skip_special_tokens=True)
+        text = self.tokenizer.decode(tokens[-self._reach :], skip_special_tokens=True)
         return any(stop in text for stop in self.stop_texts)
 
     def text(self, tokens: list[int]) -> str:

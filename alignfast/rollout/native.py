@@ -19,16 +19,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from alignfast.kernels import PackedLayout, sample_tokens
-from alignfast.models.attention import NAME, attention_set
-from alignfast.models.policy import Policy
+from alignfast.models.attention import NAME, ModelRefused, attention_set, check_layer_kinds
+from alignfast.models.policy import PROBE_TOLERANCE, Policy
 from alignfast.rollout.cache import PagedCache
 from alignfast.rollout.finish import Finish
 from alignfast.rollout.pages import Pages
-from alignfast.rollout.prompts import check_room, encode_prompt, end_tokens
+from alignfast.rollout.prompts import check_room, encode_prompt, end_tokens, evaluating, room_for
 from alignfast.rollout.sampling import Completion, Prompt, Sampling
 from alignfast.rollout.scheduler import PromptState, Running, Scheduler, Started, pages_needed
 
 _PAGE = 16
+_WAY_OUT = "use engine='transformers'"
 
 
 class NativeEngine:
@@ -65,12 +66,19 @@ class NativeEngine:
         self.max_sequences, self.cache_tokens = max_sequences, cache_tokens
         self.max_prefill_tokens = max_prefill_tokens
         self._cache: PagedCache | None = None
+        self._probed = False
 
     @torch.no_grad()
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, sequence_ids: Sequence[int] | None = None
     ) -> list[list[Completion]]:
-        """See `RolloutEngine.generate`."""
+        """See `RolloutEngine.generate`.
+
+        Raises:
+            ModelRefused: at the first call, the model gives other logits this way than on its own.
+        """
+        if not self._probed:
+            self.probe()
         encoded = [tuple(encode_prompt(self.tokenizer, prompt)) for prompt in prompts]
         check_room(encoded, self.policy.vocabulary, self.policy.positions)
         sequences = self._sequences(encoded, sampling, sequence_ids)
@@ -82,11 +90,47 @@ class NativeEngine:
         n = sampling.n
         return [[found[i * n + j] for j in range(n)] for i in range(len(prompts))]
 
+    @torch.no_grad()
+    def probe(self) -> None:
+        """Compare log-probs of a few tokens, drawn one by one, with the model's own forward.
+
+        Raises:
+            ModelRefused: they differ by more than rounding, so completions would be silently wrong.
+        """
+        self._probed = True
+        base, device = self.policy.base, next(self.policy.parameters()).device
+        check_layer_kinds(base)
+        length = min(
+            _PAGE + 3, (self.policy.positions or _PAGE + 6) - 3
+        )  # into a second page where there is room
+        prompt = tuple((7 * i * i + 3 * i + 2) % self.policy.vocabulary for i in range(length))
+        try:
+            sampling = Sampling(max_new_tokens=3, temperature=0, stop_token_ids=())
+            ((completion,),) = self.generate([list(prompt)], sampling)
+            with evaluating(self.policy.model), attention_set(base, "eager"):
+                theirs_NV = self.policy.plain_logits(prompt, completion.token_ids, device).float()
+        except ModelRefused:
+            raise
+        except Exception as error:
+            raise ModelRefused(
+                f"{type(base).__name__} does not run in the native engine: {error}; {_WAY_OUT}"
+            ) from error
+        tokens_N1 = torch.tensor(completion.token_ids, device=device)[:, None]
+        theirs_N = theirs_NV.log_softmax(-1).gather(1, tokens_N1)[:, 0]
+        ours_N = torch.tensor(completion.logps, device=device)
+        difference = float((ours_N - theirs_N).abs().max() / theirs_NV.abs().max())
+        tolerance = 2 * PROBE_TOLERANCE[base.dtype]  # a log-prob is a difference of two
+        if not difference <= tolerance:
+            raise ModelRefused(
+                f"{type(base).__name__} gives other log-probs in the native engine than on its own: they differ by "
+                f"{difference:.1e} of the largest logit (rounding explains {tolerance:.0e}); {_WAY_OUT}"
+            )
+
     def _sequences(
         self, encoded: list[tuple[int, ...]], sampling: Sampling, sequence_ids: Sequence[int] | None
     ) -> list[Running]:
         """All completions that are asked for, those of one prompt next to each other."""
-        n, positions = sampling.n, self.policy.positions
+        n = sampling.n
         numbers = range(len(encoded) * n) if sequence_ids is None else sequence_ids
         if len(numbers) != len(encoded) * n:
             raise ValueError(
@@ -98,20 +142,14 @@ class NativeEngine:
         sequences = []
         for ids, members in groups.items():
             prompt = PromptState(ids, left=len(members))
-            room = sampling.max_new_tokens if positions is None else positions - len(ids)
-            limit = min(sampling.max_new_tokens, room)
+            limit = room_for(ids, sampling.max_new_tokens, self.policy.positions)
             sequences += [Running(prompt, index, numbers[index], limit) for index in members]
         return sequences
 
     @contextmanager
     def _attached(self) -> Iterator[None]:
-        training = self.policy.training
-        self.policy.eval()
-        try:
-            with attention_set(self.policy.base, NAME):
-                yield
-        finally:
-            self.policy.train(training)
+        with evaluating(self.policy.model), attention_set(self.policy.base, NAME):
+            yield
 
     def _run(self, sequences: list[Running], sampling: Sampling) -> Iterator[tuple[Running, Completion]]:
         """Completions as they end."""
@@ -160,7 +198,9 @@ class _Step:
     def __init__(self, policy: Policy, cache: PagedCache, sampling: Sampling) -> None:
         self.policy, self.cache, self.sampling = policy, cache, sampling
         self.device = next(policy.parameters()).device
-        self._prompt: PromptState | None = None  # the one whose sequences have not all started, and its last row
+        self._prompt: PromptState | None = (
+            None  # the one whose sequences have not all started, and its last row
+        )
         self._hidden_1D = torch.empty(0)
 
     def prefill(self, started: Started) -> None:

@@ -1,10 +1,12 @@
-"""Prompts as tokens: texts, conversations, or token ids as they are; and the tokens that end a completion."""
+"""What engines share: prompts as tokens, the tokens that end a completion, a model that drops nothing meanwhile."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from alignfast.rollout.sampling import Prompt
@@ -55,6 +57,11 @@ def check_room(prompts: Sequence[Sequence[int]], vocabulary: int, positions: int
             )
 
 
+def room_for(ids: Sequence[int], max_new_tokens: int, positions: int | None) -> int:
+    """Tokens that a completion of a prompt may have: what is asked for, or what the model's positions leave."""
+    return max_new_tokens if positions is None else min(max_new_tokens, positions - len(ids))
+
+
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Tokens that end a completion: the model's, as its generation config names them, and the tokenizer's."""
     own = getattr(model.generation_config, "eos_token_id", None)
@@ -62,3 +69,14 @@ def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in found:
         found.append(tokenizer.eos_token_id)
     return tuple(found)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block, the model's own mode after it."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

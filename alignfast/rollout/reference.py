@@ -8,15 +8,17 @@ Letters: B rows, L tokens of the longest prompt, N tokens drawn, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby, islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from alignfast.rollout.finish import Finish
-from alignfast.rollout.prompts import check_room, encode_prompt, end_tokens
+from alignfast.rollout.prompts import check_room, encode_prompt, end_tokens, evaluating, room_for
 from alignfast.rollout.sampling import Completion, Prompt, Sampling
 from alignfast.rollout.scheduler import PromptState, Running
 
@@ -58,23 +60,22 @@ class TransformersEngine:
         order = sorted(
             (i for i in range(len(prompts)) for _ in range(sampling.n)), key=lambda i: len(encoded[i])
         )
+        limits = [room_for(ids, sampling.max_new_tokens, positions) for ids in encoded]
         found: list[list[Completion]] = [[] for _ in prompts]
-        device, training = self.model.device, self.model.training
-        self.model.eval()
-        try:
+        device = self.model.device
+        with evaluating(self.model), _no_defaults(self.model):
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                torch.manual_seed((sampling.seed << 32) ^ (sequence_ids[0] if sequence_ids else 0))
-                for first in range(0, len(order), self.batch_size):
-                    rows = order[first : first + self.batch_size]
-                    completions = self._complete([encoded[i] for i in rows], config, sampling, finish)
-                    for index, completion in zip(rows, completions):
-                        found[index].append(completion)
-        finally:
-            self.model.train(training)
+                # the CPU's generator reads the low 32 bits of a seed alone
+                torch.manual_seed(sampling.seed * 1_000_003 + (sequence_ids[0] if sequence_ids else 0))
+                for limit, alike in groupby(order, lambda i: limits[i]):  # learned positions have a hard end
+                    config.max_new_tokens = limit
+                    for rows in batched(alike, self.batch_size):
+                        completions = self._complete([encoded[i] for i in rows], config, sampling, finish)
+                        for index, completion in zip(rows, completions):
+                            found[index].append(completion)
         return found
 
     def _config(self, sampling: Sampling, stops: Sequence[int]) -> GenerationConfig:
-        """All that bears on a completion, said outright: none of the model's own defaults come in."""
         # Any pad token will do: it is masked before a prompt and cut away after a stop.
         pad = next((token for token in (self.tokenizer.pad_token_id, *stops) if token is not None), 0)
         drawn = {
@@ -83,10 +84,8 @@ class TransformersEngine:
         }  # fmt: skip
         return GenerationConfig(
             **(drawn if sampling.temperature else {"do_sample": False}),
-            max_new_tokens=sampling.max_new_tokens,
             eos_token_id=list(stops) or None,
             pad_token_id=pad,
-            stop_strings=list(sampling.stop) or None,
             return_dict_in_generate=True,
             output_logits=True,
             output_scores=True,
@@ -98,10 +97,12 @@ class TransformersEngine:
         longest, device = max(map(len, prompts)), self.model.device
         ids_BL = torch.tensor([(config.pad_token_id,) * (longest - len(ids)) + ids for ids in prompts])
         mask_BL = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
-        generate: Any = self.model.generate  # transformers declares it on a mixin that mypy takes for a tensor
+        generate: Any = (
+            self.model.generate
+        )  # transformers declares it on a mixin that mypy takes for a tensor
         output = generate(
             input_ids=ids_BL.to(device), attention_mask=mask_BL.to(device), generation_config=config,
-            tokenizer=self.tokenizer if sampling.stop else None,
+            stopping_criteria=[_StopText(finish, longest)] if sampling.stop else None,
         )  # fmt: skip
         tokens_BN = output.sequences[:, longest:]
         logps_BN = _logps(output.logits, tokens_BN, sampling.temperature or 1.0)
@@ -111,6 +112,38 @@ class TransformersEngine:
             _ended(finish, ids, *row)
             for ids, *row in zip(prompts, tokens_BN.tolist(), logps_BN.tolist(), sampled_BN.tolist())
         ]
+
+
+class _StopText(StoppingCriteria):
+    """Our own stop texts: transformers' take tokenizers of bytes and word pieces alone."""
+
+    def __init__(self, finish: Finish, prompt_length: int) -> None:
+        self.finish, self.prompt_length = finish, prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        rows = input_ids[:, self.prompt_length :].tolist()
+        return torch.tensor([self.finish.stopped_by_text(row) for row in rows], device=input_ids.device)
+
+
+@contextmanager
+def _no_defaults(model: Any) -> Iterator[None]:
+    """Without the model's own generation config, from which `generate` takes whatever is None in the one it is given."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def batched(numbers: Iterable[int], size: int) -> Iterator[list[int]]:
+    """Runs of `size`, the last one shorter.
+
+    >>> list(batched(range(5), 2))
+    [[0, 1], [2, 3], [4]]
+    """
+    rest = iter(numbers)
+    while run := list(islice(rest, size)):
+        yield run
 
 
 def _logps(logits: Sequence[Tensor], tokens_BN: Tensor, temperature: float) -> Tensor:

@@ -49,9 +49,7 @@ class Sampling:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.temperature < 0 or self.top_k < 0:
-            raise ValueError(
-                f"temperature and top_k must be >= 0, got {self.temperature} and {self.top_k}"
-            )
+            raise ValueError(f"temperature and top_k must be >= 0, got {self.temperature} and {self.top_k}")
         if not 0 < self.top_p <= 1 or not 0 <= self.min_p < 1:
             raise ValueError(f"expected 0 < top_p <= 1 and 0 <= min_p < 1, got {self.top_p} and {self.min_p}")
         if isinstance(self.stop, str) or "" in self.stop:
