@@ -4,7 +4,13 @@ from alignfast.data.check import DataReport, check_file
 from alignfast.data.formats import FORMATS, Rows, load_rows
 from alignfast.data.packing import LAYOUTS, Batch, Tree, cut, pack
 from alignfast.data.sources import DataError, HubDataset
-from alignfast.data.tokenize import Prepared, PrepareReport, prepare_preference, prepare_sft
+from alignfast.data.tokenize import (
+    Prepared,
+    PrepareReport,
+    encode_completions,
+    prepare_preference,
+    prepare_sft,
+)
 
 __all__ = [
     "FORMATS",
@@ -19,6 +25,7 @@ __all__ = [
     "Tree",
     "check_file",
     "cut",
+    "encode_completions",
     "load_rows",
     "pack",
     "prepare_preference",
