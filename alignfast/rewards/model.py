@@ -169,11 +169,13 @@ class ClassifierScorer:
 
     def require(self, conversational: bool) -> None:
         """Raise ValueError unless the tokenizer can put such rows into tokens."""
-        pair: tuple[Any, Any] = ("a", "b")
+        prompt: Any = "a"
+        completion: Any = "b"
         if conversational:
-            pair = ([{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}])
+            prompt = [{"role": "user", "content": "a"}]
+            completion = [{"role": "assistant", "content": "b"}]
         try:
-            encode_completions(*([part] for part in pair), self.tokenizer)
+            encode_completions([prompt], [completion], self.tokenizer)
         except ValueError as error:
             raise ValueError(f"the reward model can't read such rows: {error}") from error
 

@@ -7,9 +7,10 @@ batch by answers of the wrong count. After an exception or a time-out on the bat
 only the guilty ones are left out: a function must score a row alone as in a batch, and may be called twice for it.
 
 `async def` functions run side by side in an event loop that lives as long as the `RewardSet`, so that clients may be
-kept from call to call; the other functions run meanwhile, one after another, each on a thread. A thread can't be
-killed: one that is given up runs on until its function returns, and a function that never gives back Python's lock (an
-endless regular expression) stops everything. What may hang should work in a process of its own.
+kept from call to call; the other functions run meanwhile, one after another, on a thread beside the main one (where
+signals do not work). A thread can't be killed: one that is given up runs on until its function returns, and a function
+that never gives back Python's lock (an endless regular expression) stops everything. What may hang should work in a
+process of its own.
 
 Letters: N completions, F functions.
 Not done here: gathering over ranks, normalising, what to do about a function that always fails.
@@ -187,7 +188,7 @@ class RewardSet:
         """
         columns = columns or {}
         _check_names(columns)
-        lists = {"prompts": prompts, "completions": completions}
+        lists: dict[str, Sequence[Any]] = {"prompts": prompts, "completions": completions}
         lists |= {name: values for name, values in columns.items() if name not in OWN_COLUMNS}
         if completion_ids is not None:
             lists["completion_ids"] = completion_ids

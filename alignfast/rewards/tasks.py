@@ -42,7 +42,8 @@ def arithmetic(
             f"expected num_items >= 0, digits >= 1 and terms >= 2, got {num_items}, {digits} and {terms}"
         )
     low, high = (0 if digits == 1 else 10 ** (digits - 1)), 10**digits
-    rows, seen = [], set(exclude)
+    rows: list[dict[str, str]] = []
+    seen = set(exclude)
     for index in _drawn((high - low) ** terms * 2 ** (terms - 1), seed):
         if len(rows) == num_items:
             break
