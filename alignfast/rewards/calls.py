@@ -68,7 +68,7 @@ class Threads:
             raise _harmless(errors[0])
         if not answers:
             self._strays.append(thread)
-            raise TooLong(f"took longer than {timeout:g} s")
+            raise TooLong(f"took longer than {timeout:.3g} s")
         return answers[0]
 
 
@@ -109,7 +109,7 @@ async def in_time(call: Callable[[], Awaitable[_T]], timeout: float | None) -> _
     done, _ = await asyncio.wait({task}, timeout=timeout)
     if not done:
         task.cancel()
-        raise TooLong(f"took longer than {timeout:g} s")
+        raise TooLong(f"took longer than {timeout:.3g} s")
     if task.cancelled():
         raise RuntimeError("cancelled itself")
     return task.result()

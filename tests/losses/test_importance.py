@@ -68,6 +68,16 @@ def test_equals_trls_padded_formula(level: str, mode: str) -> None:
         assert float(found.metrics[f"{NAME}/{metric}"]) == pytest.approx(float(value), rel=1e-6)
 
 
+def test_float32_is_summed_in_float64() -> None:
+    """A thousand tokens: float32 sums are wrong in the fifth digit of the ratio."""
+    draw = torch.Generator().manual_seed(1)
+    then_P = -torch.rand(3000, generator=draw) * 20
+    now_P = then_P + 0.01 * torch.randn(3000, generator=draw)
+    found = importance_weights(now_P, then_P, [1000] * 3, level="sequence", cap=None).weights_P
+    wanted_S = (now_P.double() - then_P.double()).view(3, 1000).sum(1).exp()
+    torch.testing.assert_close(found[::1000].double(), wanted_S, rtol=6e-8, atol=0)  # half a unit of float32
+
+
 def test_metrics_of_a_known_case() -> None:
     now_P = torch.tensor([4.0, 1.0, 1.0, 2.0]).log()
     found = importance_weights(now_P, torch.zeros(4), [2, 2], cap=3.0)
