@@ -23,6 +23,7 @@ FLOORS = {
     "alignfast.data": 2,
     "alignfast.models": 3,
     "alignfast.rollout": 3,
+    "alignfast.rewards": 3,
     "alignfast.trainers": 4,
     "alignfast.evaluation": 4,
     "alignfast": 6,

@@ -9,6 +9,7 @@ from alignfast.data.tokenize import (
     SFT_FORMATS,
     Prepared,
     PrepareReport,
+    encode_completions,
     prepare_preference,
     prepare_sft,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "Tree",
     "check_file",
     "cut",
+    "encode_completions",
     "load_rows",
     "pack",
     "prepare_preference",

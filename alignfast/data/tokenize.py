@@ -179,6 +179,38 @@ def prepare_preference(
     return forest.prepared()
 
 
+def encode_completions(
+    prompts: Sequence[str] | Sequence[list[Message]],
+    completions: Sequence[str] | Sequence[list[Message]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[list[int]]:
+    """Token ids of each prompt with its completion, as training has them: for whoever judges what was sampled.
+
+    Args:
+        prompts: all texts, or all lists of messages.
+        completions: one for each prompt, of the same kind; an empty text is an answer too.
+        tokenizer: any of transformers'; it needs no pad token.
+
+    Raises:
+        DataError: a template fails.
+        ValueError: kinds are mixed, or the tokenizer lacks what they need.
+    """
+    if len(prompts) != len(completions):
+        raise ValueError(f"got {len(prompts)} prompts and {len(completions)} completions")
+    if not prompts:
+        return []
+    conversational = not isinstance(prompts[0], str)
+    for index, pair in enumerate(zip(prompts, completions)):
+        if any(isinstance(part, str) == conversational for part in pair):
+            kind = "lists of messages" if conversational else "texts"
+            raise ValueError(f"prompt 0 says that all are {kind}, and prompt or completion {index} is not")
+    items = [{"prompt": prompt, "completion": answer} for prompt, answer in zip(prompts, completions)]
+    indices = list(range(len(items)))
+    columns = ("prompt", "completion")
+    rows = Rows("completions", "prompt_completion", conversational, items, "index", indices, columns)
+    return _Encoder(rows, tokenizer).sequences(indices, "completion")[0]
+
+
 class _Encoder:
     """Token ids of the columns of rows, plain or through the chat template."""
 

@@ -52,7 +52,7 @@ def vote(
     pairs = []
     for prompt, (one, other) in zip(prompts, answers):
         gap = judge(one) - judge(other)
-        if abs(gap) < INDIFFERENT:
+        if abs(gap) < INDIFFERENT or not one or not other:  # an answer of nothing is none to learn from
             continue
         chosen, rejected = (one, other) if (gap > 0) != (rng.random() < FLIPPED) else (other, one)
         pairs.append(

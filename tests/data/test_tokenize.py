@@ -14,7 +14,15 @@ from typing import Any
 
 import pytest
 
-from alignfast.data import DataError, Prepared, Tree, load_rows, prepare_preference, prepare_sft
+from alignfast.data import (
+    DataError,
+    Prepared,
+    Tree,
+    encode_completions,
+    load_rows,
+    prepare_preference,
+    prepare_sft,
+)
 
 MakeTokenizer = Callable[..., Any]
 Sequence = tuple[list[int], list[int]]
@@ -300,3 +308,36 @@ def test_answers_that_the_template_drops_are_an_error_that_names_the_row(
         prepare_preference(load_rows([{"prompt": [user("h")], **answers}]), tokenizer, max_length=None)
     with pytest.raises(DataError, match=r"index 0: the chat template drops what the assistant says: 'he'"):
         prepare_sft(load_rows([{"messages": CHAT}]), tokenizer, max_length=None)
+
+
+@pytest.mark.parametrize("options", [{}, {"add_bos": True}, {"add_bos": True, "add_eos": True}])
+def test_completions_are_judged_on_the_ids_of_training(
+    make_tokenizer: MakeTokenizer, options: dict[str, Any]
+) -> None:
+    tokenizer = make_tokenizer(**options)
+    pairs = [("a", "b ok"), ("he", " he</s>"), ("", "ok")]
+    rows = load_rows([{"prompt": prompt, "completion": completion} for prompt, completion in pairs])
+    trees = prepare_sft(rows, tokenizer, max_length=None).trees
+    wanted = [[*tree.prompt, *tree.answers[0]] for tree in trees]
+    assert encode_completions(*map(list, zip(*pairs)), tokenizer) == wanted
+    (empty,) = encode_completions(["ok"], [""], tokenizer)  # which no row of training may be
+    assert empty[-1] == tokenizer.eos_token_id
+
+
+def test_conversations_are_judged_on_the_ids_of_training(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(chat_template=CHATML)
+    prompt, completion = [{"role": "user", "content": "he"}], [{"role": "assistant", "content": "ok"}]
+    (tree,) = prepare_sft(
+        load_rows([{"prompt": prompt, "completion": completion}]), tokenizer, max_length=None
+    ).trees
+    assert encode_completions([prompt], [completion], tokenizer) == [[*tree.prompt, *tree.answers[0]]]
+    assert encode_completions([], [], tokenizer) == []
+
+
+def test_completions_of_another_number_or_kind_are_refused(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer()
+    with pytest.raises(ValueError, match="got 1 prompts and 2 completions"):
+        encode_completions(["a"], ["b", "c"], tokenizer)
+    message = [{"role": "assistant", "content": "b"}]
+    with pytest.raises(ValueError, match="says that all are texts, and prompt or completion 0 is not"):
+        encode_completions(["a"], [message], tokenizer)  # type: ignore[list-item]
