@@ -2,6 +2,8 @@
 
 from alignfast.kernels._backend import report
 from alignfast.kernels.gae import gae
+from alignfast.kernels.group_advantages import group_advantages
+from alignfast.kernels.kl_penalty import kl_penalty
 from alignfast.kernels.linear_loss import Stats, linear_loss
 from alignfast.kernels.linear_token_logps import linear_token_logps
 from alignfast.kernels.packed_attention import PackedLayout, packed_attention
@@ -12,6 +14,8 @@ __all__ = [
     "PackedLayout",
     "Stats",
     "gae",
+    "group_advantages",
+    "kl_penalty",
     "linear_loss",
     "linear_token_logps",
     "packed_attention",
