@@ -7,6 +7,7 @@ from alignfast.kernels.kl_penalty import kl_penalty
 from alignfast.kernels.linear_loss import Stats, linear_loss
 from alignfast.kernels.linear_token_logps import linear_token_logps
 from alignfast.kernels.packed_attention import PackedLayout, packed_attention
+from alignfast.kernels.policy_loss import policy_loss
 from alignfast.kernels.preference_loss import packed_preference_loss, preference_loss
 from alignfast.kernels.token_logps import token_logps
 
@@ -20,6 +21,7 @@ __all__ = [
     "linear_token_logps",
     "packed_attention",
     "packed_preference_loss",
+    "policy_loss",
     "preference_loss",
     "report",
     "token_logps",
