@@ -55,7 +55,18 @@ def _store_sum(sums_ptr, row, num_blocks, x, counts):
     return sum_of_block
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_blocks"],
+    # a chunk's rows start anywhere: else a binary for each mix of aligned and not
+    do_not_specialize_on_alignment=[
+        "logps_ptr",
+        "old_ptr",
+        "advantages_ptr",
+        "ref_ptr",
+        "mask_ptr",
+        "scale_ptr",
+    ],
+)
 def _kernel(
     logps_ptr, old_ptr, advantages_ptr, ref_ptr, mask_ptr, scale_ptr, loss_ptr, dlogps_ptr, sums_ptr,
     num_tokens, num_blocks, low, high, cap, log_low, log_high, log_cap, beta,
