@@ -40,6 +40,13 @@ __device__ __forceinline__ __half from_float<__half>(float value) {
   return __float2half(value);
 }
 
+// What the headers shared with csrc/cpu/ compute on.
+struct FloatMath {
+  using F = float;
+  static __host__ __device__ __forceinline__ F number(float x) { return x; }
+  static __host__ __device__ __forceinline__ F exp(F x) { return expf(x); }
+};
+
 __host__ __device__ __forceinline__ int misalignment(const void* pointer) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(pointer) % kVectorBytes);
 }

@@ -96,6 +96,8 @@ def catch(op: str, dtype: torch.dtype, tokens: int, **options: Any) -> list[Laun
             "packed_attention": _packed_attention,
             "gae": _gae,
             "paged_attention": _paged_attention,
+            "kl_penalty": _kl_penalty,
+            "policy_loss": _policy_loss,
         }[op](dtype, tokens, **options)
     finally:
         JITFunction.run = run
@@ -132,6 +134,28 @@ def _gae(dtype: torch.dtype, tokens: int) -> None:
     rows_BL, mask_BL = _meta(32, tokens), _meta(32, tokens, dtype=torch.bool)
     for decays in (False, True):
         gae_triton.forward(rows_BL, rows_BL, mask_BL, _meta(32), 1.0, 0.95, decays, rows_BL, rows_BL)
+
+
+def _kl_penalty(dtype: torch.dtype, tokens: int) -> None:
+    from alignfast.kernels import kl_penalty_triton
+
+    for code in range(4):
+        for slope in (False, True):
+            kl_penalty_triton.forward(_meta(tokens), _meta(tokens), code, slope)
+
+
+def _policy_loss(dtype: torch.dtype, tokens: int) -> None:
+    from alignfast.kernels import policy_loss_triton
+
+    tokens_T, mask_T, scale = _meta(tokens), _meta(tokens, dtype=torch.bool), _meta()
+    for ref_T, marked_T, scale_T, corrects in (
+        (None, None, scale.expand(tokens), False),
+        (tokens_T, mask_T, scale.expand(tokens), False),
+        (tokens_T, mask_T, tokens_T, True),
+    ):
+        policy_loss_triton.forward(
+            tokens_T, tokens_T, tokens_T, ref_T, marked_T, scale_T, 0.8, 1.2, 3.0, 0.1, corrects
+        )
 
 
 def _packed_attention(

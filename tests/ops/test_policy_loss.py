@@ -1,0 +1,511 @@
+"""policy_loss: each loss against plain loops and TRL; relations, extreme values, refusals.
+
+Letters: T tokens, B rows, L steps of a padded row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from ops.policies import COMPILED, Tokens, every_loss, needed, ragged
+from torch import Tensor
+
+from alignfast.kernels import kl_penalty, linear_loss, policy_loss
+from alignfast.kernels._policy import LEVELS, LOSSES
+
+LENGTHS = [3, 7, 1, 5, 2]
+KLS = [{}, {"beta": 0.3}, {"beta": 0.3, "use_bias_correction_kl": True}, {"beta": 0.3, "kl_kind": "k1"}]
+# ppo's ratio is that of a token
+every_level = pytest.mark.parametrize(
+    ("name", "level"),
+    [(name, level) for name in LOSSES for level in LEVELS if (name, level) != ("ppo", "sequence")],
+)
+
+
+def at_level(name: str, level: str) -> dict[str, Any]:
+    return {**needed(name), "importance_sampling_level": level}
+
+
+# --- the definitions, by hand ---
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def of_ratio(name: str, ratio: float, advantage: float, logp: float, cap: float) -> float:
+    """Loss of a token, as the papers write it: epsilon 0.2 and 0.3, cispo's largest ratio 1.5."""
+    if name == "cispo":
+        return -min(ratio, 1.5) * advantage * logp
+    if name == "sapo":
+        tau = 1.0 if advantage > 0 else 1.05
+        return -4 / tau * sigmoid(tau * (ratio - 1)) * advantage
+    loss = max(-ratio * advantage, -min(max(ratio, 0.8), 1.3) * advantage)
+    return min(loss, -cap * advantage) if advantage < 0 else loss
+
+
+def of_reference(kind: str, d: float) -> float:
+    return {"k1": -d, "abs": abs(d), "k2": d * d / 2, "k3": math.exp(d) - 1 - d}[kind]
+
+
+def by_hand(tokens: Tokens, name: str, level: str, cap: float = math.inf, **kl: Any) -> list[float]:
+    """One token after the other; normalisers of the call."""
+    out, start, kept = [0.0] * sum(tokens.lengths), 0, int(tokens.mask_T.sum())
+    for length in tokens.lengths:
+        at = [i for i in range(start, start + length) if tokens.mask_T[i]]
+        start += length
+        log_ratios = {i: (tokens.logps_T[i] - tokens.old_T[i]).item() for i in at}
+        for i in at:
+            log_ratio = sum(log_ratios.values()) / len(at) if level == "sequence" else log_ratios[i]
+            ratio, logp = math.exp(log_ratio), tokens.logps_T[i].item()
+            loss = of_ratio(name, ratio, tokens.advantages_T[i].item(), logp, cap)
+            if kl:
+                estimate = of_reference(kl.get("kl_kind", "k3"), tokens.ref_T[i].item() - logp)
+                loss += kl["beta"] * estimate * (ratio if kl.get("use_bias_correction_kl") else 1)
+            sequences = len(tokens.lengths)
+            out[i] = loss / {
+                "grpo": len(at) * sequences, "sapo": len(at) * sequences, "dr_grpo": 50 * sequences,
+            }.get(name, kept)  # fmt: skip
+    return out
+
+
+@pytest.mark.parametrize("kl", KLS, ids=str)
+@every_level
+def test_definition_by_hand(name: str, level: str, kl: dict[str, Any]) -> None:
+    tokens = Tokens(LENGTHS, torch.float64)
+    options = at_level(name, level) | kl
+    if name not in ("cispo", "sapo"):
+        options["epsilon_high"] = 0.3
+    loss_T, _ = tokens.call(tokens.logps_T, name, "torch", **options)
+    assert loss_T.tolist() == pytest.approx(by_hand(tokens, name, level, **kl), rel=1e-12, abs=1e-15)
+
+
+@pytest.mark.parametrize(("name", "option"), [("ppo", "dual_clip"), ("grpo", "delta"), ("dapo", "delta")])
+def test_caps_by_hand(name: str, option: str) -> None:
+    """The dual clip of verl (clip_ratio_c) and the delta of TRL: one bound, where the advantage is negative."""
+    tokens = Tokens([9, 30], torch.float64, spread=1.0)
+    loss_T, metrics = tokens.call(
+        tokens.logps_T, name, "torch", epsilon_high=0.3, num_items=None, **{option: 2.0}
+    )
+    expected = by_hand(tokens, name, "token", cap=2.0)
+    assert loss_T.tolist() == pytest.approx(expected, rel=1e-12, abs=1e-15)
+    assert metrics["clip_ratio/cap_mean"] >= 2
+    assert expected != pytest.approx(by_hand(tokens, name, "token"))
+
+
+@every_level
+def test_gradcheck(name: str, level: str) -> None:
+    """With a corrected KL and entropy; tokens lie on both sides of each bound."""
+    tokens = Tokens(LENGTHS, torch.float64)
+    tokens.logps_T[~tokens.mask_T] = -1.0  # finite differences of NaN are NaN
+    entropy_T = torch.rand(18, dtype=torch.float64)
+    options = at_level(name, level) | {"beta": 0.3, "use_bias_correction_kl": True, "entropy_coef": 0.1}
+
+    def run(logps_T: Tensor, entropy_T: Tensor) -> Tensor:
+        return tokens.call(logps_T, name, "torch", entropy_T=entropy_T, **options)[0]
+
+    if name == "cispo":  # its weight is a constant by definition: differences would see it move
+        tokens.old_T = tokens.logps_T + 0.0
+        logps_T = tokens.logps_T.requires_grad_()
+        (gradient_T,) = torch.autograd.grad(tokens.call(logps_T, name, "torch")[0].sum(), logps_T)
+        kept_T = torch.where(tokens.mask_T, tokens.advantages_T, 0)
+        assert torch.allclose(gradient_T, -kept_T / tokens.mask_T.sum(), rtol=1e-12)
+        return
+    leaves = (tokens.logps_T.requires_grad_(), entropy_T.requires_grad_())
+    assert torch.autograd.gradcheck(run, leaves)
+
+
+def test_normalisers_of_the_step() -> None:
+    """`num_items` takes the place of the call's own count, as a number and as a tensor."""
+    tokens = Tokens(LENGTHS, torch.float64)
+    for name, loss in LOSSES.items():
+        own = int(tokens.mask_T.sum()) if loss.counts == "tokens" else len(LENGTHS)
+        expected_T, _ = tokens.call(tokens.logps_T, name, "torch")
+        for num_items in (2 * own, torch.tensor(2 * own)):
+            loss_T, _ = tokens.call(tokens.logps_T, name, "torch", num_items=num_items)
+            assert torch.allclose(2 * loss_T, expected_T, rtol=1e-14)
+
+
+def test_metrics_by_hand() -> None:
+    x = [0.0, 0.5, -0.5, 0.5, -0.5, 2.0, 7.0]  # low bound -0.22, high 0.18, cap 1.1
+    advantages = [1.0, 1.0, 1.0, -1.0, -1.0, -1.0, 1.0]
+    mask_T = torch.tensor([True] * 6 + [False])
+    logps_T, zeros_T = torch.tensor(x), torch.zeros(7)
+    _, metrics = policy_loss(
+        logps_T, zeros_T, torch.tensor(advantages), mask_T=mask_T, loss_type="ppo", dual_clip=3.0, backend="torch",
+        ref_logps_T=zeros_T + 0.1, beta=0.5, entropy_T=torch.tensor([1.0] * 6 + [math.nan]),
+    )  # fmt: skip
+    expected = {
+        "clip_ratio/low_mean": 1, "clip_ratio/high_mean": 1, "clip_ratio/region_mean": 2, "clip_ratio/cap_mean": 1,
+        "ratio": sum(map(math.exp, x[:6])), "max_ratio": math.exp(2), "approx_kl/k1": -2.0,
+        "approx_kl/k3": sum(math.exp(v) - 1 - v for v in x[:6]), "entropy": 6.0,
+        "kl": sum(math.exp(0.1 - v) - 1 - (0.1 - v) for v in x[:6]),
+    }  # fmt: skip
+    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected, rel=1e-5)
+    assert all(value.ndim == 0 and not value.requires_grad for value in metrics.values())
+    k3 = kl_penalty(zeros_T, logps_T, kind="k3")[
+        :6
+    ].sum()  # of the old policy from the new, over the old one's tokens
+    assert metrics["approx_kl/k3"].item() == pytest.approx(k3.item(), rel=1e-6)
+
+
+def test_at_sequence_level_a_sequence_is_clipped_once() -> None:
+    """A sequence of 4 tokens above the bound, one of 1 within it."""
+    logps_T = torch.tensor([0.5] * 4 + [0.1])
+    _, metrics = policy_loss(
+        logps_T, torch.zeros(5), torch.ones(5), seq_T=torch.tensor([3, 3, 3, 3, 0]), loss_type="grpo",
+        importance_sampling_level="sequence",
+    )  # fmt: skip
+    assert metrics["clip_ratio/high_mean"].item() == pytest.approx(1)
+    assert metrics["ratio"].item() == pytest.approx(math.exp(0.5) + math.exp(0.1))
+    assert metrics["max_ratio"].item() == pytest.approx(math.exp(0.5))
+
+
+# --- TRL ---
+
+
+def trl_loss(tokens: Tokens, name: str, level: str, options: dict[str, Any], entropy: float) -> tuple:
+    """(loss, its gradient, metrics) by `GRPOTrainer._compute_loss` of the tokens as padded rows, called on a stand-in for the trainer."""
+    trainers = pytest.importorskip("trl.trainer.grpo_trainer")
+    logps = tokens.logps_T.requires_grad_()
+
+    def padded(x_T: Tensor) -> Tensor:
+        parts = [x_T.nan_to_num().split(tokens.lengths)[i] for i in range(len(tokens.lengths))]
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+
+    mask_BL, logps_BL = padded(tokens.mask_T.double()), padded(logps)
+    B, L = mask_BL.shape
+    arguments = {"delta": None, "sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.25} | options
+    accelerator = SimpleNamespace(
+        num_processes=1, sync_gradients=False, gather=lambda x: x, reduce=lambda x, reduction: x
+    )
+    trainer = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *_, **__: (logps_BL, -logps_BL, None),
+        args=SimpleNamespace(steps_per_generation=1, **arguments),
+        model=SimpleNamespace(training=True),
+        accelerator=accelerator,
+        _metrics={"train": defaultdict(list)},
+        loss_type=name,
+        importance_sampling_level=level,
+        beta=arguments["beta"],
+        epsilon_low=0.2,
+        epsilon_high=arguments["epsilon_high"],
+        max_completion_length=50,
+        current_gradient_accumulation_steps=1,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        use_vllm=True,
+        vllm_importance_sampling_correction=True,
+        aux_loss_enabled=False,
+        use_adaptive_entropy=False,
+        _entropy_bonus_enabled=entropy != 0,
+        entropy_coef=entropy,
+    )
+    ones_BL = torch.ones(B, L, dtype=torch.int64)
+    inputs = {
+        "prompt_ids": ones_BL, "prompt_mask": ones_BL, "completion_ids": ones_BL, "completion_mask": mask_BL,
+        "advantages": padded(tokens.advantages_T), "old_per_token_logps": padded(tokens.old_T),
+        "ref_per_token_logps": padded(tokens.ref_T), "num_items_in_batch": mask_BL.sum(),
+        "importance_sampling_ratio": padded(torch.linspace(0.5, 2, len(logps), dtype=torch.float64)),
+    }  # fmt: skip
+    loss = trainers.GRPOTrainer._compute_loss(trainer, None, inputs)
+    return loss, torch.autograd.grad(loss, logps)[0], trainer._metrics["train"]
+
+
+VARIANTS = {name: ["plain", "kl", "corrected kl"] for name in LOSSES if name != "ppo"}
+for name in ("grpo", "bnpo", "dr_grpo", "dapo"):
+    VARIANTS[name].append("delta")
+for name in (
+    "bnpo",
+    "dapo",
+    "cispo",
+):  # for others TRL's entropy is averaged apart from the loss, ours as the loss
+    VARIANTS[name].append("entropy")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("name", "variant"), [(name, v) for name in VARIANTS for v in VARIANTS[name]])
+def test_against_trl(name: str, variant: str, level: str) -> None:
+    """Loss, gradient and metrics of TRL 1.16 itself, where it is installed."""
+    tokens = Tokens([9, 30, 1, 16], torch.float64, spread=0.5)
+    tokens.mask_T[39] = True  # a row without a token is 0 / 0 in TRL's metrics
+    for x_T in (tokens.logps_T, tokens.old_T, tokens.ref_T, tokens.advantages_T):
+        x_T.nan_to_num_(-1.0)
+    options: dict[str, Any] = {"beta": 0.0, "use_bias_correction_kl": variant == "corrected kl"}
+    options |= {"epsilon_high": 1.5 if name == "cispo" else 0.28}
+    options |= {"delta": 1.6} if variant == "delta" else {"beta": 0.2 * (variant[-2:] == "kl")}
+    coef = 0.1 * (variant == "entropy")
+    expected, expected_T, theirs = trl_loss(tokens, name, level, options, coef)
+    if name == "sapo":  # 1.25: TRL rounds temperatures to float32
+        options = {key: options[key] for key in ("beta", "use_bias_correction_kl")} | {
+            "sapo_temperature_neg": 1.25
+        }
+    logps_T = tokens.logps_T.detach().requires_grad_()
+    weights_T = torch.linspace(0.5, 2, len(logps_T), dtype=torch.float64)
+    loss_T, metrics = tokens.call(
+        logps_T, name, "torch", importance_sampling_level=level, importance_weights_T=weights_T,
+        entropy_T=-logps_T, entropy_coef=coef, **options,
+    )  # fmt: skip
+    assert loss_T.sum().item() == pytest.approx(expected.item(), rel=1e-12)
+    (gradient_T,) = torch.autograd.grad(loss_T.sum(), logps_T)
+    assert torch.allclose(gradient_T, expected_T, rtol=1e-11, atol=1e-15)
+    counted = {"kl": "tokens", "entropy": "tokens"}
+    for metric in ("kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",
+                   "cispo_clip_ratio"):  # fmt: skip
+        assert (metric in metrics) == (metric in theirs)
+        if metric in metrics:
+            by_tokens = level == "token" or metric in counted
+            denominator = tokens.mask_T.sum() if by_tokens else len(tokens.lengths)
+            assert (metrics[metric] / denominator).item() == pytest.approx(theirs[metric][0], rel=1e-5)
+
+
+# --- relations ---
+
+
+@every_loss
+def test_at_step_0_the_gradient_is_minus_the_advantage(name: str) -> None:
+    """The ratio is exactly 1 under a policy that has not moved, and nothing is clipped, whatever epsilon is."""
+    tokens = Tokens(LENGTHS)
+    logps_T = tokens.logps_T.requires_grad_()
+    tokens.old_T = logps_T.detach()
+    epsilon = {"epsilon": 0.0} if name not in ("cispo", "sapo") else {}
+    loss_T, metrics = tokens.call(logps_T, name, "torch", num_items=4, **epsilon)
+    (gradient_T,) = torch.autograd.grad(loss_T.sum(), logps_T)
+    normaliser_T = {
+        "grpo": 4 * tokens.kept_lengths[tokens.seq_T], "sapo": 4 * tokens.kept_lengths[tokens.seq_T],
+        "dr_grpo": 4 * 50,
+    }.get(name, 4)  # fmt: skip
+    kept_T = torch.where(tokens.mask_T, tokens.advantages_T, 0)
+    assert torch.allclose(gradient_T, -kept_T / normaliser_T, rtol=1e-6)
+    assert metrics["max_ratio"] == 1
+    assert metrics["ratio"] == tokens.mask_T.sum()
+    assert metrics["approx_kl/k3"] == 0
+
+
+@every_level
+def test_chunks_of_whole_sequences_add_up(name: str, level: str) -> None:
+    """Loss, gradient and metrics, in any order of the sequences, if the step's normaliser is given."""
+    tokens = Tokens(LENGTHS, torch.float64)
+    options = at_level(name, level) | {"beta": 0.2, "num_items": 7}
+    whole_T, expected = tokens.call(tokens.logps_T, name, "torch", **options)
+    found: dict[str, Tensor] = {}
+    for part in ([4, 0], [2], [3, 1]):  # sequences of a chunk, in the order in which they lie
+        rows = torch.cat([(tokens.seq_T == s).nonzero()[:, 0] for s in part])
+        tensors = {key: x_T[rows] for key, x_T in tokens.tensors(tokens.logps_T).items()}
+        loss_T, metrics = policy_loss(tokens.logps_T[rows], **tensors, **options, loss_type=name)
+        assert torch.allclose(loss_T, whole_T[rows], rtol=1e-13)
+        for key, value in metrics.items():
+            before = found.get(key, torch.zeros(()))
+            found[key] = torch.maximum(before, value) if key.startswith("max") else before + value
+    assert {k: v.item() for k, v in found.items()} == pytest.approx(
+        {k: v.item() for k, v in expected.items()}
+    )
+
+
+def test_losses_that_are_one_here() -> None:
+    """ppo, bnpo and dapo under a normaliser of the step; grpo at both levels on sequences of one token."""
+    tokens = Tokens(LENGTHS, torch.float64)
+    losses = [tokens.call(tokens.logps_T, name, "torch")[0] for name in ("ppo", "bnpo", "dapo")]
+    assert torch.equal(losses[0], losses[1])
+    assert torch.equal(losses[0], losses[2])
+    single = Tokens([1] * 20, torch.float64)
+    by_level = [single.call(single.logps_T, "grpo", "torch", importance_sampling_level=x)[0] for x in LEVELS]
+    assert torch.allclose(*by_level, rtol=1e-14)
+
+
+def test_importance_weights_weigh_the_policy_term_alone() -> None:
+    tokens = Tokens(LENGTHS, torch.float64)
+    weights_T = torch.linspace(0, 2, 18, dtype=torch.float64)
+    policy_T, _ = tokens.call(tokens.logps_T, "dapo", "torch")
+    both_T, _ = tokens.call(tokens.logps_T, "dapo", "torch", beta=0.2)
+    weighted_T, _ = tokens.call(tokens.logps_T, "dapo", "torch", beta=0.2, importance_weights_T=weights_T)
+    assert torch.allclose(weighted_T, policy_T * weights_T + (both_T - policy_T), rtol=1e-12, atol=1e-16)
+
+
+def test_the_corrected_kl_follows_the_kl() -> None:
+    """Expected over the old policy's tokens its gradient is that of KL(pi || ref); without the ratio it is not."""
+    generator = torch.Generator().manual_seed(0)
+    logits_V, old_V, ref_V = torch.randn(3, 40, generator=generator, dtype=torch.float64).log_softmax(1)
+    logits_V = logits_V.requires_grad_()
+    logps_V = logits_V.log_softmax(0)
+    kl = (logps_V.exp() * (logps_V - ref_V)).sum()
+    (wanted_V,) = torch.autograd.grad(kl, logits_V, retain_graph=True)
+    follows = []
+    for corrected in (True, False):
+        loss_V, _ = policy_loss(
+            logps_V, old_V, torch.zeros(40), ref_logps_T=ref_V, beta=1.0, num_items=1, backend="torch",
+            use_bias_correction_kl=corrected,
+        )  # fmt: skip
+        follows.append(torch.autograd.grad((old_V.exp() * loss_V).sum(), logits_V, retain_graph=True)[0])
+    assert torch.allclose(follows[0], wanted_V, atol=1e-14)
+    assert not torch.allclose(follows[1], wanted_V, atol=1e-3)
+
+
+# --- inside linear_loss ---
+
+STEPS = [(name, "torch") for name in LOSSES] + [(name, "native") for name in COMPILED]
+
+
+@pytest.mark.parametrize(
+    "chunk_rows", [64, 20, 11], ids=["one chunk", "chunks", "sequences longer than a chunk"]
+)
+@pytest.mark.parametrize(("name", "backend"), STEPS)
+def test_a_whole_policy_step(name: str, chunk_rows: int, backend: str) -> None:
+    """Head and loss chunk by chunk equal the plain computation: loss, metrics, gradients of hidden states and head."""
+    dtype = torch.float64 if backend == "torch" else torch.float32
+    close = {"rtol": 1e-9, "atol": 1e-12} if backend == "torch" else {"rtol": 1e-4, "atol": 1e-6}
+    tokens, generator = Tokens([12, 4, 15, 1, 8], dtype), torch.Generator().manual_seed(1)
+    leaves = [torch.randn(n, 16, generator=generator).to(dtype).requires_grad_() for n in (40, 60)]
+    hidden_TD, weight_VD = leaves
+    targets_T = torch.randint(0, 60, (40,), generator=generator)
+    logps_TV = (hidden_TD @ weight_VD.T).log_softmax(1)
+    logps_T = logps_TV.gather(1, targets_T[:, None])[:, 0]
+    entropy_T = -(logps_TV.exp() * logps_TV).sum(1)
+    noise_T = 0.3 * torch.randn(2, 40, generator=generator)
+    tokens.old_T, tokens.ref_T = logps_T.detach() + noise_T[0], logps_T.detach() + noise_T[1]
+    num_items = 5 if LOSSES[name].counts == "sequences" else int(tokens.mask_T.sum())
+    options = needed(name) | {"beta": 0.1, "entropy_coef": 0.01, "num_items": num_items}
+    constants = tokens.tensors(logps_T)
+
+    def loss_fn(stats: Any, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        part = {key: x_T[rows] for key, x_T in constants.items()}
+        loss_T, metrics = policy_loss(
+            stats.logps, **part, **options, entropy_T=stats.entropy, loss_type=name, backend=backend
+        )
+        return loss_T.sum(), metrics
+
+    loss, metrics = linear_loss(
+        *leaves,
+        targets_T,
+        loss_fn,
+        stats=("logps", "entropy"),
+        group_sizes=tokens.lengths,
+        chunk_rows=chunk_rows,
+    )
+    plain_T, expected = policy_loss(
+        logps_T, **constants, **options, entropy_T=entropy_T, loss_type=name, backend="torch"
+    )
+    torch.testing.assert_close(loss, plain_T.sum(), **close)
+    assert metrics.keys() == expected.keys()
+    for key, value in metrics.items():
+        torch.testing.assert_close(value, expected[key], **close)
+    for actual, wanted in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(plain_T.sum(), leaves)):
+        torch.testing.assert_close(actual, wanted, **close)
+
+
+def test_on_policy_inside_linear_loss() -> None:
+    """The old log-probs may be the new ones, detached within the loss."""
+    hidden_TD, targets_T = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), torch.arange(9)
+    advantages_T = torch.linspace(-1, 1, 9)
+
+    def loss_fn(stats: Any, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        loss_T, metrics = policy_loss(stats.logps, stats.logps.detach(), advantages_T[rows], num_items=9)
+        return loss_T.sum(), metrics
+
+    leaf_TD = hidden_TD.requires_grad_()
+    weight_VD = torch.randn(9, 4, generator=torch.Generator().manual_seed(1))
+    loss, metrics = linear_loss(leaf_TD, weight_VD, targets_T, loss_fn, chunk_rows=4)
+    logps_T = (leaf_TD @ weight_VD.T).log_softmax(1).diagonal()
+    expected_TD = torch.autograd.grad((-logps_T * advantages_T).sum() / 9, leaf_TD)[0]
+    assert metrics["max_ratio"] == 1
+    torch.testing.assert_close(torch.autograd.grad(loss, leaf_TD)[0], expected_TD, rtol=1e-5, atol=1e-7)
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": "bnpo"},
+        {"loss_type": "cispo", "epsilon_high": 2.0},
+        {"loss_type": "sapo"},
+        {"importance_sampling_level": "sequence"},
+        {"kl_kind": "k2", "beta": 0.1, "ref_logps_T": torch.zeros(2)},
+    ],
+    ids=str,
+)
+def test_compiled_backends_refuse_what_they_do_not_know(
+    backend: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Named by argument or environment they refuse; `auto` computes it in torch."""
+    inputs, seq_T = [torch.zeros(2), torch.zeros(2), torch.ones(2)], torch.tensor([0, 1])
+    expected_T, _ = policy_loss(*inputs, seq_T=seq_T, **options, backend="torch")
+    assert torch.equal(policy_loss(*inputs, seq_T=seq_T, **options)[0], expected_T)
+    with pytest.raises(RuntimeError, match=f"no {backend} code for .*knows ppo, grpo, dapo.*backend='torch'"):
+        policy_loss(*inputs, seq_T=seq_T, **options, backend=backend)
+    monkeypatch.setenv("ALIGNFAST_BACKEND", backend)
+    with pytest.raises(RuntimeError, match=f"no {backend} code for"):
+        policy_loss(*inputs, seq_T=seq_T, **options)
+
+
+TWO = torch.zeros(2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": "gpro"}, "loss_type is 'gpro'; known are ppo, grpo"),
+        ({"importance_sampling_level": "group"}, "level='group' is not one of token, sequence"),
+        ({"kl_kind": "k4"}, "kl_kind='k4' is not one of k1"),
+        ({"loss_type": "sapo", "epsilon": 0.1}, "epsilon has no meaning for sapo, only for grpo, bnpo"),
+        ({"loss_type": "cispo", "epsilon_high": 2.0, "epsilon": 0.1}, "epsilon has no meaning for cispo"),
+        ({"loss_type": "ppo", "delta": 2.0}, "delta has no meaning for ppo, only for grpo, bnpo, dr_grpo, dapo"),
+        ({"loss_type": "grpo", "dual_clip": 3.0}, "dual_clip has no meaning for grpo, only for ppo"),
+        ({"max_completion_length": 9}, "max_completion_length has no meaning for dapo, only for dr_grpo"),
+        ({"loss_type": "ppo", "importance_sampling_level": "sequence"}, "level has no meaning for ppo"),
+        ({"sapo_temperature_pos": 2.0}, "sapo_temperature_pos has no meaning for dapo, only for sapo"),
+        ({"loss_type": "sapo", "sapo_temperature_neg": 0.0}, "temperatures must be > 0, got 1.0 and 0.0"),
+        ({"use_bias_correction_kl": True}, "beta is 0: there is no KL term for kl_kind or use_bias_correction_kl"),
+        ({"kl_kind": "k1"}, "beta is 0: there is no KL term"),
+        ({"beta": 0.1}, "beta=0.1 needs ref_logps_T"),
+        ({"beta": -0.1, "ref_logps_T": TWO}, "beta must be >= 0 and entropy_coef finite, got -0.1"),
+        ({"ref_logps_T": TWO}, "beta is 0, so that nothing would use ref_logps_T; leave it out"),
+        ({"entropy_coef": 0.1}, "entropy_coef=0.1 needs entropy_T"),
+        ({"loss_type": "cispo"}, r"cispo needs epsilon_high > 0, the largest ratio itself .*got None"),
+        ({"epsilon": 1.5}, r"epsilon must lie in \[0, 1\] and epsilon_high be >= 0, got 1.5, 1.5"),
+        ({"delta": 1.1}, r"delta, .*must be > 1 \+ epsilon_high = 1.2, got 1.1"),
+        ({"loss_type": "ppo", "dual_clip": 1.0}, "dual_clip, the largest ratio .*must be > 1, got 1.0"),
+        ({"loss_type": "dr_grpo"}, "dr_grpo divides by max_completion_length, which must be >= 1, got None"),
+        ({"loss_type": "dr_grpo", "max_completion_length": 5}, "dr_grpo averages over sequences; give num_items, or"),
+        ({"loss_type": "grpo", "num_items": 2}, "grpo averages over sequences; give seq_T"),
+        ({"loss_type": "sapo"}, "sapo averages over sequences; give seq_T"),
+        ({"importance_sampling_level": "sequence"}, "dapo averages over sequences; give seq_T"),
+        ({"seq_T": torch.tensor([0, 1], dtype=torch.int32)}, "seq_T must be int64, got torch.int32"),
+        ({"num_items": 0}, "num_items counts the tokens of the whole step, so it is > 0, got 0"),
+        ({"num_items": torch.ones(1)}, r"num_items must be a number or a 0-d tensor, got shape \(1,\)"),
+        ({"logps_T": torch.zeros(2, 1)}, r"in one dimension, got torch.float32 \(2, 1\)"),
+        ({"logps_T": torch.zeros(2, dtype=torch.int64)}, "floating-point log-probs"),
+        ({"mask_T": torch.ones(3)}, r"mask_T must be like logps_T, \(2,\) on cpu, got \(3,\) on cpu"),
+        ({"old_logps_T": torch.zeros(2, requires_grad=True)}, "old_logps_T is a constant, but requires a gradient"),
+        ({"advantages_T": torch.zeros(2, requires_grad=True)}, "advantages_T is a constant, but requires"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_refusals(backend: str, options: dict[str, Any], message: str) -> None:
+    tensors = {"logps_T": TWO, "old_logps_T": TWO, "advantages_T": TWO}
+    with pytest.raises(ValueError, match=message):
+        policy_loss(**tensors | options, backend=backend)
+
+
+def test_scattered_sequences_are_refused() -> None:
+    three_T = torch.zeros(3)
+    with pytest.raises(ValueError, match="tokens of a sequence must lie end to end, got seq_T = "):
+        policy_loss(three_T, three_T, three_T, seq_T=torch.tensor([0, 1, 0]), loss_type="grpo")
+    policy_loss(three_T, three_T, three_T, seq_T=torch.tensor([5, 5, -1]), loss_type="grpo")
+
+
+def test_shapes_of_ragged_batches() -> None:
+    """A case of many sequences, as a step has them: the sum over sequences of their means."""
+    tokens = Tokens(ragged(50, 30), torch.float64)
+    loss_T, _ = tokens.call(tokens.logps_T, "grpo", "torch")
+    per_token_T, _ = tokens.call(tokens.logps_T, "dapo", "torch", num_items=1)
+    means = [part_T.sum() / max(int(kept), 1) for part_T, kept in
+             zip(per_token_T.split(tokens.lengths), tokens.kept_lengths)]  # fmt: skip
+    assert loss_T.sum().item() == pytest.approx((sum(means) / 50).item(), rel=1e-12)
