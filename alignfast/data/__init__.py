@@ -2,9 +2,9 @@
 
 from alignfast.data.check import DataReport, check_file
 from alignfast.data.formats import FORMATS, Rows, load_rows
-from alignfast.data.packing import LAYOUTS, Batch, Tree, cut, pack
+from alignfast.data.packing import LAYOUTS, Batch, Tree, cut, mismatched, pack
 from alignfast.data.sources import DataError, HubDataset
-from alignfast.data.tokenize import Prepared, PrepareReport, prepare_preference, prepare_sft
+from alignfast.data.tokenize import Prepared, PrepareReport, prepare_preference, prepare_sft, prepare_thumbs
 
 __all__ = [
     "FORMATS",
@@ -20,7 +20,9 @@ __all__ = [
     "check_file",
     "cut",
     "load_rows",
+    "mismatched",
     "pack",
     "prepare_preference",
     "prepare_sft",
+    "prepare_thumbs",
 ]
