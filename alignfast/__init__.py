@@ -7,15 +7,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from alignfast.trainers.dpo import DPOConfig, DPOTrainer
+    from alignfast.trainers.kto import KTOConfig, KTOTrainer
     from alignfast.trainers.sft import SFTConfig, SFTTrainer
 
 __version__ = "0.1.0"
-__all__ = ["DPOConfig", "DPOTrainer", "SFTConfig", "SFTTrainer", "__version__"]
+__all__ = [
+    "DPOConfig",
+    "DPOTrainer",
+    "KTOConfig",
+    "KTOTrainer",
+    "SFTConfig",
+    "SFTTrainer",
+    "__version__",
+]
 
 # Loaded on first use: transformers takes seconds to import, and `alignfast.kernels` does without it.
 _HOMES = {
     "DPOConfig": "alignfast.trainers.dpo",
     "DPOTrainer": "alignfast.trainers.dpo",
+    "KTOConfig": "alignfast.trainers.kto",
+    "KTOTrainer": "alignfast.trainers.kto",
     "SFTConfig": "alignfast.trainers.sft",
     "SFTTrainer": "alignfast.trainers.sft",
 }

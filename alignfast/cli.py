@@ -20,6 +20,7 @@ COMMANDS = {
     "data": ("data", "check a file of data: alignfast data check FILE"),
     "sft": ("train", "fine-tune on texts, conversations, or prompts with completions"),
     "dpo": ("train", "align on pairs of a chosen and a rejected answer"),
+    "kto": ("train", "align on single answers with a thumb up or down"),
     "eval": ("evaluate", "preference accuracy or perplexity of a model on a file"),
     "generate": ("generate", "complete prompts"),
     "merge": ("merge", "add LoRA adapters into the weights of their model"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from trainers.tiny import make_llama, make_pairs, make_rows, make_tokenizer
+from trainers.tiny import make_llama, make_pairs, make_rows, make_thumbs, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from alignfast.cli import main
@@ -23,8 +23,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     make_llama().save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     pairs = [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in make_pairs(16)]
-    for name, rows in (("pairs.jsonl", pairs), ("texts.jsonl", make_rows(16))):
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, rows in (("pairs", pairs), ("texts", make_rows(16)), ("thumbs", make_thumbs(16))):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -32,7 +32,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes(recipe: str, workplace: Path) -> None:
     method = recipe.split("_")[0]
-    data = "texts.jsonl" if method == "sft" else "pairs.jsonl"
+    data = {"sft": "texts.jsonl", "kto": "thumbs.jsonl"}.get(method, "pairs.jsonl")
     words = [
         method,
         "--config",

@@ -66,6 +66,42 @@ save_total_limit: 2
 seed: 42
 """
 
+_KTO = """\
+# Kahneman-Tversky optimisation: alignfast kto --config kto.yaml
+# Any option can be given on the command line as well: --beta 0.2. `alignfast kto --help` lists all.
+
+model: YOUR_MODEL                  # a folder, or a name on the hub; best one that was fine-tuned already
+train_dataset: YOUR_THUMBS.jsonl   # rows of {"prompt", "completion", "label"}, label true or false; .parquet works too
+# eval_dataset: HELD_OUT.jsonl     # evaluated every eval_steps and at the end
+output_dir: kto_output
+precompute_ref_log_probs: true     # the reference is run once, beforehand: no second model in memory
+
+beta: 0.1                          # how much staying near the reference counts
+loss_type: kto                     # or apo_zero_unpaired
+# Where one kind of thumb is rarer, weigh it up: desirable_weight x thumbs up is best 1 to 1.33 times the other side's.
+desirable_weight: 1.0
+undesirable_weight: 1.0
+
+# A step is per_device_train_batch_size x gradient_accumulation_steps rows on each GPU.
+per_device_train_batch_size: 8
+gradient_accumulation_steps: 4
+num_train_epochs: 1
+learning_rate: 1.0e-6
+lr_scheduler_type: cosine
+warmup_steps: 0.1                  # below 1: a share of the run
+max_length: 1024                   # longer rows are cut
+
+# Memory: less of it for about a quarter more work.
+gradient_checkpointing: true
+# max_tokens_per_batch: 8192       # cuts micro-batches by tokens; the result stays the same
+
+logging_steps: 10
+# eval_steps: 100
+save_steps: 200
+save_total_limit: 2
+seed: 42
+"""
+
 _REFERENCE = """\
 precompute_ref_log_probs: true     # the reference is run once, beforehand: no second model in memory
 """
@@ -85,4 +121,5 @@ RECIPES = {
     "dpo_lora": _DPO_HEAD.format(file="dpo_lora.yaml", output="dpo_lora_output")
     + _LORA
     + _DPO_TAIL.format(rate="1.0e-5"),
+    "kto": _KTO,
 }

@@ -1,12 +1,13 @@
-"""`alignfast sft | dpo`: train, save, report."""
+"""`alignfast sft | dpo | kto`: train, save, report."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import alignfast
 from alignfast.commands.parser import UsageError, parse_options
 from alignfast.commands.samples import first_prompts, write_samples
 
@@ -77,26 +78,27 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class ReferenceOptions:
-    """What DPO measures against."""
+    """What DPO and KTO measure against."""
 
     ref_model: str | None = None
     """Folder or hub name of the reference; unless given, the model as it was before training."""
 
 
+_TRAINERS = {"sft": "SFTTrainer", "dpo": "DPOTrainer", "kto": "KTOTrainer"}
+_WITH_REFERENCE = ("dpo", "kto")
+
+
 def run(command: str, argv: Sequence[str]) -> None:
     """Train as the options say; the final model, its card and report.html lie in output_dir."""
-    if command == "dpo":
-        from alignfast.trainers.dpo import DPOConfig, DPOTrainer
-
-        run_options, reference, config = parse_options(command, argv, RunOptions, ReferenceOptions, DPOConfig)
-        parts = _parts(run_options)
-        trainer: Trainer = DPOTrainer(args=config, ref_model=reference.ref_model, **parts)
-    else:
-        from alignfast.trainers.sft import SFTConfig, SFTTrainer
-
-        run_options, config = parse_options(command, argv, RunOptions, SFTConfig)
-        parts = _parts(run_options)
-        trainer = SFTTrainer(args=config, **parts)
+    trainer_class = getattr(alignfast, _TRAINERS[command])
+    classes = [
+        RunOptions,
+        *([ReferenceOptions] if command in _WITH_REFERENCE else []),
+        trainer_class.config_class,
+    ]
+    run_options, *reference, config = parse_options(command, argv, *classes)
+    parts = _parts(run_options)
+    trainer: Trainer = trainer_class(args=config, **parts, **(asdict(reference[0]) if reference else {}))
     source = parts["eval_dataset"] or parts["train_dataset"]
     samples = first_prompts(
         source, run_options.sample_prompts, trainer.formats, trainer.accelerator.num_processes

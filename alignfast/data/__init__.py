@@ -1,24 +1,28 @@
 """From text to packed batches: formats, chat templates, tokenising, packing, and a check of the data. Knows no model."""
 
 from alignfast.data.check import DataReport, check_file
+from alignfast.data.encode import PROMPT_FORMATS, encode_completions, encode_prompts
 from alignfast.data.formats import FORMATS, Rows, load_rows
-from alignfast.data.packing import LAYOUTS, Batch, Tree, cut, pack
+from alignfast.data.packing import LAYOUTS, Batch, Tree, cut, mismatched, pack
 from alignfast.data.sources import DataError, HubDataset
 from alignfast.data.tokenize import (
     PREFERENCE_FORMATS,
     SFT_FORMATS,
+    THUMBS_FORMATS,
     Prepared,
     PrepareReport,
-    encode_completions,
     prepare_preference,
     prepare_sft,
+    prepare_thumbs,
 )
 
 __all__ = [
     "FORMATS",
     "LAYOUTS",
     "PREFERENCE_FORMATS",
+    "PROMPT_FORMATS",
     "SFT_FORMATS",
+    "THUMBS_FORMATS",
     "Batch",
     "DataError",
     "DataReport",
@@ -30,8 +34,11 @@ __all__ = [
     "check_file",
     "cut",
     "encode_completions",
+    "encode_prompts",
     "load_rows",
+    "mismatched",
     "pack",
     "prepare_preference",
     "prepare_sft",
+    "prepare_thumbs",
 ]

@@ -1,6 +1,7 @@
 """Rows of TRL's formats, recognised by their columns and checked one by one.
 
     text · messages · prompt + completion · prompt + chosen + rejected · prompt + completion + label · prompt + ranking
+    prompt (for what is sampled: other columns go to the reward functions)
 
 Each is plain (strings) or conversational (lists of messages). Chosen and rejected without a prompt have it
 extracted from what they start with alike. Other columns are kept as they are; images are refused. Columns may make
@@ -30,6 +31,7 @@ FORMATS = {
     "prompt_completion": ("prompt", "completion"),
     "messages": ("messages",),
     "text": ("text",),
+    "prompt": ("prompt",),
 }
 IMAGE_COLUMNS = ("images", "image")
 
@@ -249,8 +251,10 @@ def _checked(row: Row, format: str, conversational: bool) -> Row:
             if column not in ("prompt", "label"):
                 _check_value(row[column], column, conversational)
     if "prompt" in row and format not in ("messages", "text"):
-        # An empty plain prompt is a completion from nothing; no template renders an empty conversation.
-        _check_value(row["prompt"], "prompt", conversational, may_be_empty=not conversational)
+        # An empty plain prompt is a completion from nothing; no template renders an empty conversation, and nothing can
+        # be sampled from no token.
+        may_be_empty = not conversational and format != "prompt"
+        _check_value(row["prompt"], "prompt", conversational, may_be_empty)
     if format == "thumbs":
         if not _is_bool(row["label"]):
             raise _BadRow(

@@ -34,6 +34,7 @@ class Tree:
         prompt: token ids that all answers start with; () where nothing is shared.
         answers: token ids of each answer after the prompt, >= 1 each.
         trained: for each answer, which of its tokens carry loss.
+        label: a number that came with the row: 1 for a thumb up and 0 for one down, the margin of a pair.
 
     Raises:
         ValueError: an answer is empty, or its mask is of another length.
@@ -46,6 +47,7 @@ class Tree:
     prompt: tuple[int, ...]
     answers: tuple[tuple[int, ...], ...]
     trained: tuple[tuple[bool, ...], ...]
+    label: float = 0.0
 
     def __post_init__(self) -> None:
         lengths, masks = [*map(len, self.answers)], [*map(len, self.trained)]
@@ -78,6 +80,7 @@ class Batch:
         target_P: int64, the token it should predict.
         lengths: predictions of each sequence, tree by tree and answer by answer; may be 0, sums to P.
         rows: dataset index of each tree.
+        labels: label of each tree.
         num_tokens: real tokens computed.
         num_tokens_unshared: tokens that packing without sharing would compute.
     """
@@ -90,6 +93,7 @@ class Batch:
     target_P: Tensor
     lengths: tuple[int, ...]
     rows: tuple[int, ...]
+    labels: tuple[float, ...]
     num_tokens: int
     num_tokens_unshared: int
 
@@ -148,6 +152,7 @@ def pack(
         target_P=torch.from_numpy(target_P),
         lengths=tuple(lengths.tolist()),
         rows=tuple(rows),
+        labels=tuple(tree.label for tree in trees),
         num_tokens=unshared if placed.layout is None else placed.layout.num_tokens,
         num_tokens_unshared=unshared,
     )
@@ -190,6 +195,45 @@ def cut(
                 f"over max_tokens_per_batch={max_tokens}: raise max_tokens_per_batch, or lower max_length"
             )
     return [*runs, range(first, len(trees))] if trees else []
+
+
+def mismatched(
+    trees: Sequence[Tree], together: int, max_length: int | None, keep_end: bool = False
+) -> list[Tree]:
+    """Every prompt with the answer of another row: of the one before it among `together` rows, the first takes the last's.
+
+    So the rows of a step that come in their own order have the same answers in both forms (KTO, arXiv 2402.01306
+    section 4.1, and TRL 1.16). A row that is alone takes the one before it in the data. An answer that was cut when it was
+    read stays cut, where TRL cuts it anew behind each prompt.
+
+    Args:
+        trees: two at least, of one answer each.
+        together: rows of a step, >= 1.
+        max_length: tokens of a sequence; longer ones are cut. None cuts nothing.
+        keep_end: cut the beginning of the prompt, not the end of the answer.
+
+    Raises:
+        ValueError: there are fewer than two rows.
+
+    >>> trees = [Tree((5,), ((7, 8),), ((True, True),)), Tree((6,), ((9,),), ((True,),))]
+    >>> [(tree.prompt, tree.answers) for tree in mismatched(trees, together=2, max_length=None)]
+    [((5,), ((9,),)), ((6,), ((7, 8),))]
+    """
+    if len(trees) < 2:
+        raise ValueError(f"a prompt with another row's answer takes two rows at least, got {len(trees)}")
+    found = []
+    for index, tree in enumerate(trees):
+        first = index - index % together
+        last = min(first + together, len(trees)) - 1
+        other = trees[last if index == first < last else index - 1]
+        prompt, (answer,), (mask,) = tree.prompt, other.answers, other.trained
+        over = 0 if max_length is None else max(0, len(prompt) + len(answer) - max_length)
+        if keep_end:
+            prompt = prompt[over:]
+        elif over:
+            answer, mask = answer[:-over], mask[:-over]
+        found.append(Tree(prompt, (answer,), (mask,)))
+    return found
 
 
 class _Count:

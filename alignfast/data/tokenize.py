@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 SFT_FORMATS = ("text", "messages", "prompt_completion")
 PREFERENCE_FORMATS = ("preference",)
+THUMBS_FORMATS = ("thumbs",)
 TRUNCATION_MODES = ("keep_start", "keep_end")
 _ROWS_AT_ONCE = 1000  # a tokenizer call works on all cores; its result is several times the size of the ids
 
@@ -136,7 +137,7 @@ def prepare_sft(
         raise ValueError("assistant_only_loss=True needs conversations, got plain strings")
     completion_only = has_prompt if completion_only_loss is None else completion_only_loss
     forest = _Forest(max_length, truncation_mode)
-    encoder = _Encoder(rows, tokenizer)
+    encoder = Encoder(rows, tokenizer)
     answer = "completion" if has_prompt else rows.format
     for first in range(0, len(rows), _ROWS_AT_ONCE):
         indices = range(first, min(first + _ROWS_AT_ONCE, len(rows)))
@@ -169,7 +170,7 @@ def prepare_preference(
     """
     rows = rows.one_of(PREFERENCE_FORMATS, "preference training")
     forest = _Forest(max_length, truncation_mode)
-    encoder = _Encoder(rows, tokenizer)
+    encoder = Encoder(rows, tokenizer)
     for first in range(0, len(rows), _ROWS_AT_ONCE):
         indices = range(first, min(first + _ROWS_AT_ONCE, len(rows)))
         chosen, _ = encoder.sequences(indices, "chosen")
@@ -179,39 +180,37 @@ def prepare_preference(
     return forest.prepared()
 
 
-def encode_completions(
-    prompts: Sequence[str] | Sequence[list[Message]],
-    completions: Sequence[str] | Sequence[list[Message]],
+def prepare_thumbs(
+    rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
-) -> list[list[int]]:
-    """Token ids of each prompt with its completion, as training has them: for whoever judges what was sampled.
+    *,
+    max_length: int | None,
+    truncation_mode: str = "keep_start",
+) -> Prepared:
+    """Trees of a prompt with its completion, labelled 1 for a thumb up and 0 for one down; completions carry loss.
 
     Args:
-        prompts: all texts, or all lists of messages.
-        completions: one for each prompt, of the same kind; an empty text is an answer too.
+        rows: what `load_rows` gave.
         tokenizer: any of transformers'; it needs no pad token.
+        max_length: longest prompt with completion in tokens; None cuts nothing.
+        truncation_mode: `keep_start` or `keep_end` of a sequence that is longer.
 
     Raises:
-        DataError: a template fails.
-        ValueError: kinds are mixed, or the tokenizer lacks what they need.
+        DataError: the columns make no thumbs, a label is neither true nor false, or a row's template fails.
+        ValueError: an option is out of range, or the tokenizer lacks what the rows need.
     """
-    if len(prompts) != len(completions):
-        raise ValueError(f"got {len(prompts)} prompts and {len(completions)} completions")
-    if not prompts:
-        return []
-    conversational = not isinstance(prompts[0], str)
-    for index, pair in enumerate(zip(prompts, completions)):
-        if any(isinstance(part, str) == conversational for part in pair):
-            kind = "lists of messages" if conversational else "texts"
-            raise ValueError(f"prompt 0 says that all are {kind}, and prompt or completion {index} is not")
-    items = [{"prompt": prompt, "completion": answer} for prompt, answer in zip(prompts, completions)]
-    indices = list(range(len(items)))
-    columns = ("prompt", "completion")
-    rows = Rows("completions", "prompt_completion", conversational, items, "index", indices, columns)
-    return _Encoder(rows, tokenizer).sequences(indices, "completion")[0]
+    rows = rows.one_of(THUMBS_FORMATS, "training on thumbs")
+    forest = _Forest(max_length, truncation_mode)
+    encoder = Encoder(rows, tokenizer)
+    for first in range(0, len(rows), _ROWS_AT_ONCE):
+        indices = range(first, min(first + _ROWS_AT_ONCE, len(rows)))
+        sequences, _ = encoder.sequences(indices, "completion")
+        for index, prompt, sequence in zip(indices, encoder.prompts(indices), sequences):
+            forest.plant(index, prompt, [sequence], None, label=float(rows[index]["label"]))
+    return forest.prepared()
 
 
-class _Encoder:
+class Encoder:
     """Token ids of the columns of rows, plain or through the chat template."""
 
     def __init__(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -315,9 +314,14 @@ class _Forest:
             )
 
     def plant(
-        self, row: int, prompt: list[int], sequences: list[list[int]], turns: list[bool] | None
+        self,
+        row: int,
+        prompt: list[int],
+        sequences: list[list[int]],
+        turns: list[bool] | None,
+        label: float = 0.0,
     ) -> None:
-        """Add a row: its prompt alone, its prompt with each answer, and which tokens may be trained at all."""
+        """Add a row: its prompt alone, its prompt with each answer, which tokens may be trained at all, its label."""
         context = min(num_alike(prompt, ids) for ids in sequences)
         self.report.prompt_tokens_moved += len(prompt) - context
         windows = [self._window(len(ids)) for ids in sequences]
@@ -328,24 +332,19 @@ class _Forest:
             places = range(window.start + head, window.stop)
             answers.append(tuple(ids[places.start : places.stop]))
             masks.append(tuple(at >= context and (turns is None or turns[at]) for at in places))
-        self._keep(row, tuple(sequences[0][windows[0].start :][:head]), answers, masks, sequences)
-
-    def _keep(
-        self,
-        row: int,
-        prompt: tuple[int, ...],
-        answers: list[tuple[int, ...]],
-        masks: list[tuple[bool, ...]],
-        sequences: list[list[int]],
-    ) -> None:
-        report, total = self.report, sum(map(len, sequences))
+        shared = tuple(sequences[0][windows[0].start :][:head])
         # Without a prompt, nothing predicts the first token.
-        trained = sum(sum(mask if prompt else mask[1:]) for mask in masks)
+        trained = sum(sum(mask if shared else mask[1:]) for mask in masks)
+        total = sum(map(len, sequences))
         if not trained or not all(answers):
-            report.dropped_rows += 1
-            report.tokens_lost += total
+            self.report.dropped_rows += 1
+            self.report.tokens_lost += total
             return
-        tree = Tree(prompt, tuple(answers), tuple(masks))
+        self._keep(row, Tree(shared, tuple(answers), tuple(masks), label), trained, total)
+
+    def _keep(self, row: int, tree: Tree, trained: int, total: int) -> None:
+        """Add a tree with so many predictions, cut from so many tokens."""
+        report = self.report
         self.trees.append(tree)
         self.rows.append(row)
         report.rows += 1
@@ -354,7 +353,8 @@ class _Forest:
         report.trained_tokens += trained
         report.truncated_rows += tree.num_tokens_unshared < total
         report.tokens_lost += total - tree.num_tokens_unshared
-        report.largest_token_id = max(report.largest_token_id, *map(max, filter(None, (prompt, *answers))))
+        segments = filter(None, (tree.prompt, *tree.answers))
+        report.largest_token_id = max(report.largest_token_id, *map(max, segments))
 
     def _window(self, length: int) -> range:
         """Places of a sequence that stay."""

@@ -87,6 +87,7 @@ class Policy(nn.Module):
         stats: Sequence[str] = ("logps",),
         group_sizes: Sequence[int] | None = None,
         router_weight: float = 1.0,
+        temperature: float = 1.0,
     ) -> Any:
         """Log-probs of a batch, or a loss on them.
 
@@ -96,6 +97,7 @@ class Policy(nn.Module):
             stats: the statistics that `loss_fn` reads.
             group_sizes: predictions that `loss_fn` must see together.
             router_weight: this batch's share of the step, by which a mixture's router loss is weighed.
+            temperature: divisor of the logits: what the tokens were sampled at.
 
         Returns:
             (loss, metrics), or without a loss_fn logps_P in float32, without gradient.
@@ -103,24 +105,25 @@ class Policy(nn.Module):
         if loss_fn is None:
             with torch.no_grad():
                 hidden_PD, _ = self._hidden(batch)
-                return self._token_logps(hidden_PD, batch.target_P)
+                return self._token_logps(hidden_PD, batch.target_P, temperature)
         hidden_PD, router_loss = self._hidden(batch)
         head = head_of(self.base)
         loss, metrics = linear_loss(
             hidden_PD.to(head.weight_VD.dtype), head.weight_VD, batch.target_P, loss_fn,
             stats=stats, group_sizes=group_sizes, bias_V=head.bias_V, scale=head.scale, softcap=head.softcap,
-            backend=self.backend,
+            temperature=temperature, backend=self.backend,
         )  # fmt: skip
         if router_loss is not None:
             loss = loss + router_weight * router_loss
             metrics = {**metrics, "router_loss": router_weight * router_loss.detach()}
         return loss, metrics
 
-    def _token_logps(self, hidden_PD: Tensor, target_P: Tensor) -> Tensor:
+    def _token_logps(self, hidden_PD: Tensor, target_P: Tensor, temperature: float) -> Tensor:
         head = head_of(self.base)
         logps_P = linear_token_logps(
             hidden_PD.to(head.weight_VD.dtype), head.weight_VD, target_P,
-            bias_V=head.bias_V, scale=head.scale, softcap=head.softcap, backend=self.backend,
+            bias_V=head.bias_V, scale=head.scale, softcap=head.softcap, temperature=temperature,
+            backend=self.backend,
         )  # fmt: skip
         assert isinstance(logps_P, Tensor)
         return logps_P

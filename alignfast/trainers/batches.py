@@ -130,10 +130,10 @@ def pack_rows(data: Data, rows: Sequence[int], layout: str, pad_id: int | None) 
 
 
 def content_hash(trees: Sequence[Tree]) -> str:
-    """SHA-256 of tokens and masks, in their order."""
+    """SHA-256 of tokens, masks and labels, in their order."""
     digest = hashlib.sha256()
     for tree in trees:
-        digest.update(repr((tree.prompt, tree.answers, tree.trained)).encode())
+        digest.update(repr((tree.prompt, tree.answers, tree.trained, tree.label)).encode())
     return digest.hexdigest()
 
 

@@ -228,6 +228,19 @@ class TrainerConfig:
         greater = not name.endswith("loss") if self.greater_is_better is None else self.greater_is_better
         return name if name.startswith("eval_") else f"eval_{name}", greater
 
+    @property
+    def loading(self) -> dict[str, Any]:
+        """What loading a model takes of these options."""
+        names = (
+            "layout",
+            "backend",
+            "dtype",
+            "gradient_checkpointing",
+            "disable_dropout",
+            "trust_remote_code",
+        )
+        return {name: getattr(self, name) for name in names}
+
     def to_dict(self) -> dict[str, Any]:
         """The options as plain values, the hub's token masked."""
         options = dataclasses.asdict(self)

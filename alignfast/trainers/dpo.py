@@ -13,7 +13,14 @@ from alignfast.trainers.batches import Counts, num_predictions
 from alignfast.trainers.config import TrainerConfig, config
 from alignfast.trainers.loop import Trainer
 from alignfast.trainers.metrics import Metrics, means
-from alignfast.trainers.reference import FrozenModel, NoReference, Reference, Table, make_reference
+from alignfast.trainers.reference import (
+    FrozenModel,
+    NoReference,
+    Reference,
+    ReferenceOptions,
+    Table,
+    make_reference,
+)
 
 
 @config
@@ -61,10 +68,11 @@ class DPOConfig(TrainerConfig):
         return {name: getattr(self, name) for name in names + more}
 
     @property
-    def needs_reference(self) -> bool:
-        """Whether the loss compares with a reference model."""
+    def reference_options(self) -> ReferenceOptions:
+        """What of these options bears on the reference."""
         names = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
-        return any(LOSSES[name].reference for name in names if name != "sft")
+        needed = any(LOSSES[name].reference for name in names if name != "sft")
+        return ReferenceOptions(needed, self.precompute_ref_log_probs, self.ld_alpha)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,14 +128,16 @@ class DPOTrainer(Trainer):
 
     def before_training(self) -> None:
         """Take the reference while the model still is it."""
-        self.reference = make_reference(self, self.ref_model)
+        self.reference = make_reference(self, self.ref_model, self.args.reference_options)
         self.forwards_beside = int(not isinstance(self.reference, (NoReference, Table)))
 
     def compute_loss(self, batch: Batch, counts: Counts, router_weight: float) -> tuple[Tensor, Metrics]:
         """The preference loss, a mean over the step's pairs."""
+        ref_S = self.reference.answer_logps(batch)
+        refs = (None, None) if ref_S is None else (ref_S[::2], ref_S[1::2])
         loss_fn = dpo_loss(
             batch.lengths,
-            *self.reference.pair_logps(batch),
+            *refs,
             num_pairs=counts["pairs"],
             num_chosen_tokens=counts["chosen"],
             **self.args.loss_options,

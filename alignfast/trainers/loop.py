@@ -28,12 +28,13 @@ from alignfast.data import Batch, Prepared, Rows, Tree, load_rows
 from alignfast.kernels._targets import bad_targets_seen
 from alignfast.models.load import load_policy, load_tokenizer
 from alignfast.models.policy import Policy
-from alignfast.trainers.batches import NO_DATA, Counts, Data, join_data, pack_rows, share_out
+from alignfast.trainers.batches import NO_DATA, Counts, Data, Share, join_data, pack_rows, share_out
 from alignfast.trainers.config import TrainerConfig, one_of, resolve_config, resume_option
 from alignfast.trainers.estimate import describe_run
+from alignfast.trainers.held_out import evaluate_on
 from alignfast.trainers.interrupt import EvaluationStopped, NonFiniteError, StopRequest, TrainingInterrupted
 from alignfast.trainers.machine import keep_cpu_memory, make_accelerator, wrap
-from alignfast.trainers.metrics import Meter, Metrics
+from alignfast.trainers.metrics import Metrics
 from alignfast.trainers.model_card import model_card, push_folder
 from alignfast.trainers.plan import Plan, lay_out
 from alignfast.trainers.progress import duration
@@ -92,16 +93,7 @@ class Trainer:
         self.args = args = resolve_config(self.config_class, args, options)
         set_seed(args.seed)
         self.accelerator = make_accelerator(args)
-        self.module = load_policy(
-            model,
-            layout=args.layout,
-            backend=args.backend,
-            dtype=args.dtype,
-            peft_config=peft_config,
-            gradient_checkpointing=args.gradient_checkpointing,
-            disable_dropout=args.disable_dropout,
-            trust_remote_code=args.trust_remote_code,
-        )
+        self.module = self.load(model, peft_config)
         if args.router_aux_loss_coef is not None:
             self.module.set_router_weight(args.router_aux_loss_coef)
         self.policy, self.model = None, self.module.model
@@ -118,12 +110,16 @@ class Trainer:
         self.handler: Any = CallbackHandler(
             [DefaultFlowCallback, *(callbacks or [])], self.model, self.processing_class, None, None
         )
-        self._stop = StopRequest()
+        self.stop = StopRequest()
         self._last: Update  # what became of the last step
         self._reset()
         self.control = self.handler.on_init_end(self.args, self.state, self.control)
 
     # What a trainer defines
+
+    def load(self, model: Any, peft_config: Any) -> Any:
+        """The module that is trained, from what the trainer was given."""
+        return load_policy(model, peft_config=peft_config, **self.args.loading)
 
     def prepare(self, rows: Rows) -> Prepared:
         """Rows to trees of tokens."""
@@ -136,6 +132,10 @@ class Trainer:
     def compute_loss(self, batch: Batch, counts: Counts, router_weight: float) -> tuple[Tensor, Metrics]:
         """A batch's share of loss and metrics: sums over the batch, divided by `counts`, which are the whole step's."""
         raise NotImplementedError
+
+    def before_step(self, data: Data, share: Share) -> None:
+        """What a loss must know of the whole step before its first micro-batch; called on all ranks, in evaluation too,
+        where the step is all rows."""
 
     def before_training(self) -> None:
         """What must happen while the model still is as it was given; called before it is wrapped or loaded."""
@@ -173,7 +173,7 @@ class Trainer:
         if folder is not None:
             load_checkpoint(self, folder)
         with ExitStack() as stack:
-            self._stop = stack.enter_context(StopRequest())
+            self.stop = stack.enter_context(StopRequest())
             stack.enter_context(self.module.attached())
             stack.callback(self.module.train, mode)
             self.log.open(stack, self.plan.num_steps, self.state.global_step)
@@ -242,18 +242,19 @@ class Trainer:
         share = share_out(self.train_data, rows, max_rows, args, accelerator, self.count)
         loss_here = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         self.policy.train()
+        self.before_step(self.train_data, share)
         for i, run in enumerate(share.runs):
             weight = float(i < share.num_real)
             # DDP adds up over ranks once a step; FSDP2 each time, or every rank would hold the whole gradient.
             apart = getattr(self.policy, "no_sync", nullcontext) if i + 1 < len(share.runs) else nullcontext
             with apart():
-                batch = self._pack(self.train_data, run)
+                batch = self.pack(self.train_data, run)
                 loss, metrics = self.compute_loss(batch, share.counts, weight / share.counts["batches"])
                 accelerator.backward(loss * (weight * accelerator.num_processes))
+            self.log.meter.add({"loss": loss, **metrics}, counts=bool(weight))
             if weight:
-                self.log.meter.add({"loss": loss, **metrics})
                 loss_here += loss.detach()
-        loss_value, stop = accelerator.reduce(loss_here, "sum").item(), self._stop.of_any_rank(accelerator)
+        loss_value, stop = accelerator.reduce(loss_here, "sum").item(), self.stop.of_any_rank(accelerator)
         self.control = self.handler.on_pre_optimizer_step(args, self.state, self.control)
         self._last = self.updater.step(loss_value)
         self.control = self.handler.on_optimizer_step(args, self.state, self.control)
@@ -321,6 +322,7 @@ class Trainer:
         Raises:
             ValueError: there are no rows.
         """
+        known = len(self.all_data)
         data = self.eval_data if eval_dataset is None else {"": self._read(eval_dataset)}
         if not data:
             raise ValueError("evaluate() needs an eval_dataset, here or when the trainer is made")
@@ -328,28 +330,11 @@ class Trainer:
         metrics: dict[str, float] = {}
         for name, prepared in data.items():
             prefix = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"
-            metrics |= {prefix + key: value for key, value in self._evaluate_on(prepared).items()}
-        if eval_dataset is not None:
-            self.all_data.pop()
+            metrics |= {prefix + key: value for key, value in evaluate_on(self, prepared).items()}
+        del self.all_data[known:]
         self._tell(metrics)
         self.control = self.handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _evaluate_on(self, data: Data) -> dict[str, float]:
-        began, args, meter = time.perf_counter(), self.args, Meter(self.accelerator.device)
-        rows, max_rows = range(len(data.trees)), args.per_device_eval_batch_size
-        share = share_out(data, rows, max_rows, args, self.accelerator, self.count)
-        self.policy.eval()
-        with torch.no_grad(), self.module.attached():
-            for i, run in enumerate(share.runs):
-                loss, metrics = self.compute_loss(self._pack(data, run), share.counts, 0.0)
-                if i < share.num_real:
-                    meter.add({"loss": loss, **metrics})
-                self.control = self.handler.on_prediction_step(args, self.state, self.control)
-                if self._stop.of_any_rank(self.accelerator):
-                    raise EvaluationStopped
-        seconds = time.perf_counter() - began
-        return {**meter.read(self.accelerator), "runtime": seconds, "samples_per_second": len(rows) / seconds}
 
     # Results
 
@@ -396,5 +381,5 @@ class Trainer:
         prepared, module = self.prepare(load_rows(source, formats=self.formats)), self.module
         return join_data(self.all_data, prepared, self.args, module.vocabulary, module.positions)
 
-    def _pack(self, data: Data, rows: list[int]) -> Batch:
+    def pack(self, data: Data, rows: list[int]) -> Batch:
         return pack_rows(data, rows, self.args.layout, self.pad_id).to(self.accelerator.device)

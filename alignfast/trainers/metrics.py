@@ -1,8 +1,8 @@
 """What a run measures: summed where it arises, read once a log, written to metrics.jsonl and to trackers.
 
 A metric arrives as 0-d tensors, one per micro-batch, already divided by the whole step's count: its value in a step
-is their sum over micro-batches and ranks, in a log the mean over its steps. One whose name starts with `max` or `min`
-is combined by that instead.
+is their sum over micro-batches and ranks, in a log the mean over those of its steps that have it. One whose name starts
+with `max` or `min` is combined by that instead. All ranks have the same metrics in a step.
 
 metrics.jsonl is strict JSON, a line a log: numbers that are not finite stand as the strings "NaN", "Infinity" and
 "-Infinity", which float() reads; `read_metrics` gives them back as floats.
@@ -31,11 +31,15 @@ class Meter:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.totals: dict[str, Tensor] = {}
-        self.num_steps = 0
+        self.steps: dict[str, int] = {}
+        self._of_this_step: set[str] = set()
 
-    def add(self, metrics: Metrics) -> None:
-        """Take in the metrics of one micro-batch."""
+    def add(self, metrics: Metrics, counts: bool = True) -> None:
+        """Take in the metrics of one micro-batch. One that fills up a rank's share does not count: it tells the names,
+        which a rank without a row of the step would not know."""
+        self._of_this_step |= metrics.keys()
         for name, value in metrics.items():
+            value = value if counts else torch.full_like(value, _IDENTITY[_kind(name)])
             value = value.detach().to(
                 self.device, torch.float64
             )  # 1e6 tokens in float32 lose their last digits
@@ -44,13 +48,17 @@ class Meter:
 
     def end_step(self) -> None:
         """Close a step: what was added since the last call makes it up."""
-        self.num_steps += 1
+        for name in self._of_this_step:
+            self.steps[name] = self.steps.get(name, 0) + 1
+        self._of_this_step = set()
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
         """The metrics of the closed steps, over all ranks; a call to be made on every rank."""
-        steps = max(1, self.num_steps)
         totals = self._over_ranks(accelerator)
-        return {name: total / steps if _kind(name) == "sum" else total for name, total in totals.items()}
+        return {name: total / self._divisor(name) for name, total in totals.items()}
+
+    def _divisor(self, name: str) -> int:
+        return self.steps.get(name, 1) if _kind(name) == "sum" else 1
 
     def _over_ranks(self, accelerator: Accelerator) -> dict[str, float]:
         if not self.totals:
@@ -60,16 +68,16 @@ class Meter:
 
     def clear(self) -> None:
         """Begin the next log's window."""
-        self.totals, self.num_steps = {}, 0
+        self.totals, self.steps = {}, {}
 
     def state(self, accelerator: Accelerator) -> dict[str, Any]:
         """The open window as plain numbers, over all ranks; a call to be made on every rank."""
         totals = {name: to_json(total) for name, total in self._over_ranks(accelerator).items()}
-        return {"num_steps": self.num_steps, "totals": totals}
+        return {"steps": {name: self.steps.get(name, 0) for name in totals}, "totals": totals}
 
     def load(self, state: dict[str, Any], is_main: bool) -> None:
         """Go on from `state`: its totals stand on the first rank alone, since reading sums over ranks."""
-        self.num_steps = state["num_steps"]
+        self.steps = dict(state["steps"])
         self.totals = {
             name: torch.tensor(
                 float(total) if is_main else _IDENTITY[_kind(name)], dtype=torch.float64, device=self.device

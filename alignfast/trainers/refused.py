@@ -70,7 +70,7 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
     ),
     "not supported": ("neftune_noise_alpha", "use_cache"),
-    "DPO keeps its first reference: a moving one would have to be part of every checkpoint": (
+    "the reference stays the first one: a moving one would have to be part of every checkpoint": (
         "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps",
     ),
     "reference log-probs are computed in batches of per_device_eval_batch_size": ("precompute_ref_batch_size",),

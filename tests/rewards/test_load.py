@@ -52,10 +52,10 @@ def test_import_path_into_a_package() -> None:
     assert load_reward("alignfast.rewards.protocol:name_of") is name_of
 
 
-def test_a_file_here_stands_in_for_no_installed_package(here: Path) -> None:
-    (here / "datasets.py").write_text("def load_dataset(**columns): raise AssertionError\n")
-    sys.modules.pop("datasets", None)
-    assert load_reward("datasets.load_dataset").__module__.startswith("datasets.")
+def test_a_file_here_stands_in_for_no_installed_package(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "colorsys.py").write_text("def rgb_to_hsv(**columns): raise AssertionError\n")
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    assert load_reward("colorsys.rgb_to_hsv")(1, 0, 0) == (0, 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,12 @@ import pytest
 from trainers.tiny import make_llama, make_pairs, make_rows, make_tokenizer
 
 import alignfast
-from alignfast import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from alignfast import DPOConfig, DPOTrainer, KTOConfig, SFTConfig, SFTTrainer
 from alignfast.trainers.plan import Plan, steps_per_epoch
 from alignfast.trainers.refused import REFUSED
 
-# As in TRL 1.16 and transformers 5.17. Ours differ in bf16, report_to and eval_strategy, whose texts say so.
+# As in TRL 1.16 and transformers 5.17. Ours differ in bf16, report_to and eval_strategy, and KTO's in
+# train_sampling_strategy; their texts say so.
 DEFAULTS = dict(
     output_dir=None, per_device_train_batch_size=8, per_device_eval_batch_size=8, gradient_accumulation_steps=1,
     num_train_epochs=3.0, max_steps=-1, lr_scheduler_type="linear", warmup_steps=0, weight_decay=0.0,
@@ -32,6 +33,10 @@ OWN = {
         learning_rate=1e-6, beta=0.1, label_smoothing=0.0, precompute_ref_log_probs=False, disable_dropout=True,
         f_divergence_type="reverse_kl", f_alpha_divergence_coef=0.5, discopop_tau=0.05, use_weighting=False,
         ld_alpha=None, loss_weights=None,
+    ),
+    KTOConfig: dict(
+        learning_rate=1e-6, beta=0.1, loss_type="kto", desirable_weight=1.0, undesirable_weight=1.0,
+        precompute_ref_log_probs=False, disable_dropout=True,
     ),
 }  # fmt: skip
 

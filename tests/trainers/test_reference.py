@@ -132,8 +132,8 @@ def test_layouts_and_batches_give_the_same_table(tmp_path):
             tmp_path / layout, precompute_ref_log_probs=True, layout=layout, per_device_eval_batch_size=rows,
             eval_dataset=make_pairs(3, 9),
         )  # fmt: skip
-        tables.append(trainer.reference.logps_2R)
-    assert tables[0].shape == (2, 9)
+        tables.append(trainer.reference.logps_RA)
+    assert tables[0].shape == (9, 2)
     for table in tables[1:]:
         assert torch.allclose(table, tables[0], atol=1e-6)
 

@@ -12,10 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from trainers.tiny import make_gpt2_with_dropout, make_llama, make_pairs, make_rows, make_tokenizer
+from trainers.tiny import (
+    make_gpt2_with_dropout,
+    make_llama,
+    make_pairs,
+    make_rows,
+    make_thumbs,
+    make_tokenizer,
+)
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
 
-from alignfast import DPOTrainer, SFTTrainer
+from alignfast import DPOTrainer, KTOTrainer, SFTTrainer
 from alignfast.trainers.checkpoint import DamagedCheckpoint
 from alignfast.trainers.interrupt import INTERRUPTED_EXIT_CODE, TrainingInterrupted
 from alignfast.trainers.metrics import read_metrics
@@ -34,6 +41,8 @@ CASES = {
     "dpo": (DPOTrainer, make_pairs, {}),
     "dpo-lora": (DPOTrainer, make_pairs, dict(peft_config=LORA)),
     "dpo-precomputed": (DPOTrainer, make_pairs, dict(precompute_ref_log_probs=True)),
+    "kto": (KTOTrainer, make_thumbs, {}),
+    "kto-lora": (KTOTrainer, make_thumbs, dict(peft_config=LORA)),
 }
 
 

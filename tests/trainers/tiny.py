@@ -54,6 +54,12 @@ def make_rows(number: int, seed: int = 0) -> list[dict[str, str]]:
     return [{"prompt": words(1, 6), "completion": " " + words(1, 9)} for _ in range(number)]
 
 
+def make_thumbs(number: int, seed: int = 0) -> list[dict[str, str | bool]]:
+    draw = random.Random(seed)
+    ups = [True, False, *(draw.random() < 0.6 for _ in range(number))]  # both, also of two
+    return [{**row, "label": up} for row, up in zip(make_rows(number, seed), ups)]
+
+
 def make_pairs(number: int, seed: int = 0) -> list[tuple[str, str, str]]:
     chosen, rejected = make_rows(number, seed), make_rows(number, seed + 1)
     return [(a["prompt"], a["completion"], b["completion"]) for a, b in zip(chosen, rejected)]

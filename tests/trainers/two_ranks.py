@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
-from trainers.tiny import make_llama, make_pairs, make_rows, make_tokenizer
+from trainers.tiny import make_llama, make_pairs, make_rows, make_thumbs, make_tokenizer
 from transformers import TrainerCallback
 
-from alignfast import DPOTrainer, SFTTrainer
+from alignfast import DPOTrainer, KTOTrainer, SFTTrainer
 from alignfast.trainers.interrupt import TrainingInterrupted
 from alignfast.trainers.state import whole
 
@@ -31,8 +31,12 @@ METHODS = {
     "dpo-lora": (DPOTrainer, LORA),
     "dpo-precomputed": (DPOTrainer, dict(precompute_ref_log_probs=True)),
     "dpo-sft": (DPOTrainer, dict(loss_type=["sigmoid", "sft"])),
+    "kto": (KTOTrainer, {}),
+    "kto-lora": (KTOTrainer, LORA),
+    "kto-precomputed": (KTOTrainer, dict(precompute_ref_log_probs=True)),
 }
-RESUMED = ("sft", "dpo-lora", "dpo-precomputed")
+ROWS = {SFTTrainer: make_rows, DPOTrainer: make_pairs, KTOTrainer: make_thumbs}
+RESUMED = ("sft", "dpo-lora", "dpo-precomputed", "kto")
 SHARDINGS = ("ddp", "fsdp")
 
 
@@ -57,11 +61,12 @@ class SignalRankOne(TrainerCallback):
 
 def run(folder: Path, method: str, fsdp: bool, resume: bool = False) -> None:
     trainer_class, options = METHODS[method]
-    make, keep = (make_rows if trainer_class is SFTTrainer else make_pairs), KeepGradients()
+    make, keep = ROWS[trainer_class], KeepGradients()
+    # in steps of 4: every other step has 3 rows, so that one of two ranks has a micro-batch less, or one, so that it has none
+    num_rows = 5 if method == "kto" else 7
     trainer = trainer_class(
-        make_llama(tie_word_embeddings=method == "sft-tied"), train_dataset=make(7), eval_dataset=make(5, 3),
+        make_llama(tie_word_embeddings=method == "sft-tied"), train_dataset=make(num_rows), eval_dataset=make(5, 3),
         processing_class=make_tokenizer(), callbacks=[keep], output_dir=str(folder), report_to="none", fsdp=fsdp,
-        # 7 rows in steps of 4: every other step has 3, so that one of two ranks has a micro-batch less
         per_device_train_batch_size=1, gradient_accumulation_steps=4 // int(os.environ.get("WORLD_SIZE", 1)),
         max_steps=4, learning_rate=1e-2, adam_epsilon=1e-3, logging_steps=1, eval_steps=4, save_steps=2,
         disable_tqdm=True, **options,
