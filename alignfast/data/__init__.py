@@ -1,10 +1,11 @@
 """From text to packed batches: formats, chat templates, tokenising, packing, and a check of the data. Knows no model."""
 
 from alignfast.data.check import DataReport, check_file
+from alignfast.data.forest import Prepared, PrepareReport
 from alignfast.data.formats import FORMATS, Rows, load_rows
 from alignfast.data.packing import LAYOUTS, Batch, Tree, cut, mismatched, pack
 from alignfast.data.sources import DataError, HubDataset
-from alignfast.data.tokenize import Prepared, PrepareReport, prepare_preference, prepare_sft, prepare_thumbs
+from alignfast.data.tokenize import prepare_preference, prepare_ranking, prepare_sft, prepare_thumbs
 
 __all__ = [
     "FORMATS",
@@ -23,6 +24,7 @@ __all__ = [
     "mismatched",
     "pack",
     "prepare_preference",
+    "prepare_ranking",
     "prepare_sft",
     "prepare_thumbs",
 ]
