@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from alignfast.data.forest import Forest, Prepared
-from alignfast.data.formats import Rows
+from alignfast.data.formats import Rows, unpaired
 from alignfast.data.sources import DataError, Row
 from alignfast.data.templates import (
     Message,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 SFT_FORMATS = ("text", "messages", "prompt_completion")
 PREFERENCE_FORMATS = ("preference",)
-THUMBS_FORMATS = ("thumbs",)
+THUMBS_FORMATS = ("thumbs", "preference")
 RANKING_FORMATS = ("preference", "ranking")
 _ROWS_AT_ONCE = 1000  # a tokenizer call works on all cores; its result is several times the size of the ids
 
@@ -119,7 +119,8 @@ def prepare_thumbs(
     max_length: int | None,
     truncation_mode: str = "keep_start",
 ) -> Prepared:
-    """Trees of a prompt with its completion, labelled 1 for a thumb up and 0 for one down; completions carry loss.
+    """Trees of a prompt with its completion, labelled 1 for a thumb up and 0 for one down; completions carry loss. Pairs
+    make a thumb up and one down each.
 
     Args:
         rows: what `load_rows` gave.
@@ -132,13 +133,15 @@ def prepare_thumbs(
         ValueError: an option is out of range, or the tokenizer lacks what the rows need.
     """
     rows = rows.one_of(THUMBS_FORMATS, "training on thumbs")
+    given = len(rows)
+    rows = unpaired(rows) if rows.format == "preference" else rows
     forest = Forest(max_length, truncation_mode)
     encoder = _Encoder(rows, tokenizer)
     for first in range(0, len(rows), _ROWS_AT_ONCE):
         indices = range(first, min(first + _ROWS_AT_ONCE, len(rows)))
         sequences, _ = encoder.sequences(indices, "completion")
         for index, prompt, sequence in zip(indices, encoder.prompts(indices), sequences):
-            forest.plant(index, prompt, [sequence], None, label=float(rows[index]["label"]))
+            forest.plant(index % given, prompt, [sequence], None, label=float(rows[index]["label"]))
     return forest.prepared()
 
 

@@ -63,7 +63,7 @@ class RewardModel(Trunk):
     @property
     def num_heads(self) -> int:
         """Rewards of an answer."""
-        return int(self.base.config.num_labels)
+        return int(weight_and_bias(self._head)[0].shape[0])
 
     def forward(self, batch: Batch, loss_fn: RewardFn | None = None) -> Any:
         """Rewards of a batch's sequences, or a loss on them.
