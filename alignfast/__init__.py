@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from alignfast.trainers.dpo import DPOConfig, DPOTrainer
     from alignfast.trainers.kto import KTOConfig, KTOTrainer
+    from alignfast.trainers.reward import RewardConfig, RewardTrainer
     from alignfast.trainers.sft import SFTConfig, SFTTrainer
 
 __version__ = "0.1.0"
@@ -16,6 +17,8 @@ __all__ = [
     "DPOTrainer",
     "KTOConfig",
     "KTOTrainer",
+    "RewardConfig",
+    "RewardTrainer",
     "SFTConfig",
     "SFTTrainer",
     "__version__",
@@ -27,6 +30,8 @@ _HOMES = {
     "DPOTrainer": "alignfast.trainers.dpo",
     "KTOConfig": "alignfast.trainers.kto",
     "KTOTrainer": "alignfast.trainers.kto",
+    "RewardConfig": "alignfast.trainers.reward",
+    "RewardTrainer": "alignfast.trainers.reward",
     "SFTConfig": "alignfast.trainers.sft",
     "SFTTrainer": "alignfast.trainers.sft",
 }

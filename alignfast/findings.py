@@ -117,11 +117,13 @@ def _overfitting(rows: Rows, config: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _preferences(rows: Rows, config: Mapping[str, Any]) -> Iterator[Finding]:
-    accuracies = series(rows, "rewards/accuracies")[1]
+    # DPO's name, or a reward model's
+    name = "accuracy" if series(rows, "accuracy")[1] else "rewards/accuracies"
+    accuracies = series(rows, name)[1]
     if len(accuracies) < 5:
         return
     _, end = _ends(accuracies)
-    held_out = series(rows, "eval_rewards/accuracies")[1]
+    held_out = series(rows, f"eval_{name}")[1]
     if end < 0.55:
         text = (
             f"At the end the chosen answer wins in {end:.0%} of training pairs: little was learned. Raise learning_rate, "

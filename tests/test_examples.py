@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from alignfast.cli import main
 from alignfast.commands.recipes import RECIPES
+from alignfast.models import is_reward_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -46,6 +47,7 @@ def test_recipes(recipe: str, workplace: Path) -> None:
     output = workplace / yaml.safe_load(RECIPES[recipe])["output_dir"]
     assert (output / "report.html").is_file()
     assert (output / "adapter_config.json").is_file() == (recipe == "dpo_lora")
+    assert is_reward_model(str(output)) == (recipe == "reward")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -1,4 +1,4 @@
-"""`alignfast eval`: preference accuracy on pairs, perplexity on anything else."""
+"""`alignfast eval`: preference accuracy on pairs, perplexity on anything else; of a reward model, reward accuracy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class EvalOptions:
     """What is measured on what."""
 
     model: str
-    """Folder or hub name of the model, or of adapters."""
+    """Folder or hub name of the model, or of adapters. A reward model is known by its class."""
     dataset: str
     """A .jsonl or .parquet file, or a dataset's name. Pairs give preference accuracy (by `subset` where rows have that
     column, as RewardBench's do); texts, conversations, and prompts with completions give perplexity."""
@@ -60,32 +60,36 @@ def run(command: str, argv: Sequence[str]) -> None:
     from rich.console import Console
 
     from alignfast.data import load_rows
-    from alignfast.evaluation import perplexity, preference_accuracy
-    from alignfast.models import load_policy, load_tokenizer
+    from alignfast.evaluation import perplexity, preference_accuracy, reward_accuracy
+    from alignfast.models import is_reward_model, load_policy, load_reward_model, load_tokenizer
 
     device = "cuda" if torch.cuda.is_available() and not options.use_cpu else "cpu"
 
-    def load(name: str) -> Any:
-        policy = load_policy(
+    def load(name: str, how: Any = load_policy) -> Any:
+        model = how(
             name, layout=options.layout, backend=options.backend, dtype=options.dtype,
             trust_remote_code=options.trust_remote_code,
         )  # fmt: skip
-        return policy.to(device)
+        return model.to(device)
 
     rows = load_rows(options.dataset, split=options.split, config=options.dataset_config)
     rows = as_conversations(rows) if options.chat else rows
     tokenizer = load_tokenizer(options.tokenizer, options.model, trust_remote_code=options.trust_remote_code)
     limits = {"max_length": options.max_length, "max_tokens": options.max_tokens_per_batch}
-    policy = load(options.model)
-    if rows.format == "preference":
+    report: Any
+    if is_reward_model(options.model, options.trust_remote_code):
+        if options.reference is not None:
+            raise ValueError(f"a reference is for models that write; {options.model} is a reward model")
+        report = reward_accuracy(load(options.model, load_reward_model), tokenizer, rows, **limits)
+    elif rows.format == "preference":
         reference = None if options.reference is None else load(options.reference)
-        report: Any = preference_accuracy(
-            policy, tokenizer, rows, reference=reference, beta=options.beta, **limits
+        report = preference_accuracy(
+            load(options.model), tokenizer, rows, reference=reference, beta=options.beta, **limits
         )
     else:
         if options.reference is not None:
             raise ValueError(f"a reference is for pairs; {options.dataset} holds rows of {rows.format!r}")
-        report = perplexity(policy, tokenizer, rows, **limits)
+        report = perplexity(load(options.model), tokenizer, rows, **limits)
     Console(highlight=False).print(report.table())
     if options.output is not None:
         Path(options.output).write_text(

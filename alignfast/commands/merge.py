@@ -30,12 +30,18 @@ def run(command: str, argv: Sequence[str]) -> None:
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from alignfast.models.classifier import load_adapters
+
     base = options.base_model or PeftConfig.from_pretrained(options.adapter).base_model_name_or_path
     if not base:
         raise ValueError(f"{options.adapter} does not say which model it belongs to: give --base_model")
     trust = options.trust_remote_code
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=options.dtype, trust_remote_code=trust)
-    merged = PeftModel.from_pretrained(model, options.adapter).merge_and_unload(safe_merge=True)
+    if PeftConfig.from_pretrained(options.adapter).task_type == "SEQ_CLS":
+        adapted = load_adapters(options.adapter, None, options.dtype, trust, base)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=options.dtype, trust_remote_code=trust)
+        adapted = PeftModel.from_pretrained(model, options.adapter)
+    merged = adapted.merge_and_unload(safe_merge=True)
     merged.save_pretrained(options.output)
     AutoTokenizer.from_pretrained(options.adapter, trust_remote_code=trust).save_pretrained(options.output)
     print(f"merged model: {options.output}")

@@ -31,6 +31,38 @@ save_total_limit: 2
 seed: 42
 """
 
+_REWARD = """\
+# A reward model: alignfast reward --config reward.yaml
+# Any option can be given on the command line as well: --num_heads 4. `alignfast reward --help` lists all.
+
+model: YOUR_MODEL                  # a causal language model, which gets a fresh head, or a sequence classification model
+train_dataset: YOUR_PAIRS.jsonl    # rows of {"prompt", "chosen", "rejected"} or {"prompt", "ranking"}; .parquet works too
+# eval_dataset: HELD_OUT.jsonl     # accuracy with its interval, calibration; every eval_steps and at the end
+output_dir: reward_output          # loads in transformers' AutoModelForSequenceClassification
+
+center_rewards_coefficient: 0.01   # holds rewards around 0
+num_heads: 1                       # more are an ensemble, whose disagreement tells where the model knows little
+
+# A step is per_device_train_batch_size x gradient_accumulation_steps rows on each GPU.
+per_device_train_batch_size: 8
+gradient_accumulation_steps: 4
+num_train_epochs: 1
+learning_rate: 1.0e-5
+lr_scheduler_type: cosine
+warmup_steps: 0.1                  # below 1: a share of the run
+max_length: 1024                   # longer rows are left out
+
+# Memory: less of it for about a quarter more work.
+gradient_checkpointing: true
+# max_tokens_per_batch: 8192       # cuts micro-batches by tokens; the result stays the same
+
+logging_steps: 10
+# eval_steps: 100
+save_steps: 200
+save_total_limit: 2
+seed: 42
+"""
+
 _DPO_HEAD = """\
 # Direct preference optimisation: alignfast dpo --config {file}
 # Any option can be given on the command line as well: --beta 0.2. `alignfast dpo --help` lists all.
@@ -115,6 +147,7 @@ lora_target_modules: all-linear    # `alignfast merge dpo_lora_output MERGED` ad
 
 RECIPES = {
     "sft": _SFT,
+    "reward": _REWARD,
     "dpo": _DPO_HEAD.format(file="dpo.yaml", output="dpo_output")
     + _REFERENCE
     + _DPO_TAIL.format(rate="1.0e-6"),

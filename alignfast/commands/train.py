@@ -1,4 +1,4 @@
-"""`alignfast sft | dpo | kto`: train, save, report."""
+"""`alignfast sft | reward | dpo | kto`: train, save, report."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class RunOptions:
     """Weight-decomposed LoRA."""
     sample_prompts: int | None = None
     """So many prompts of the held-out rows, or else of the training rows, are answered before and after training. None:
-    3, where rows have prompts and one process trains."""
+    3, where rows have prompts, one process trains, and the model writes."""
     resume: bool = False
     """Go on from the newest complete checkpoint of output_dir."""
 
@@ -84,7 +84,7 @@ class ReferenceOptions:
     """Folder or hub name of the reference; unless given, the model as it was before training."""
 
 
-_TRAINERS = {"sft": "SFTTrainer", "dpo": "DPOTrainer", "kto": "KTOTrainer"}
+_TRAINERS = {"sft": "SFTTrainer", "reward": "RewardTrainer", "dpo": "DPOTrainer", "kto": "KTOTrainer"}
 _WITH_REFERENCE = ("dpo", "kto")
 
 
@@ -100,9 +100,10 @@ def run(command: str, argv: Sequence[str]) -> None:
     parts = _parts(run_options)
     trainer: Trainer = trainer_class(args=config, **parts, **(asdict(reference[0]) if reference else {}))
     source = parts["eval_dataset"] or parts["train_dataset"]
-    samples = first_prompts(
-        source, run_options.sample_prompts, trainer.formats, trainer.accelerator.num_processes
-    )
+    if command == "reward" and run_options.sample_prompts:
+        raise UsageError("sample_prompts is for models that write; a reward model has no samples")
+    number = 0 if command == "reward" else run_options.sample_prompts
+    samples = first_prompts(source, number, trainer.formats, trainer.accelerator.num_processes)
     if not run_options.resume:
         write_samples(trainer, samples)
     trainer.train(resume_from_checkpoint=True if run_options.resume else None)

@@ -2,16 +2,17 @@
 
 from alignfast.data.check import DataReport, check_file
 from alignfast.data.encode import PROMPT_FORMATS, encode_completions, encode_prompts
+from alignfast.data.forest import Prepared, PrepareReport
 from alignfast.data.formats import FORMATS, Rows, load_rows
 from alignfast.data.packing import LAYOUTS, Batch, Tree, cut, mismatched, pack
 from alignfast.data.sources import DataError, HubDataset
 from alignfast.data.tokenize import (
     PREFERENCE_FORMATS,
+    RANKING_FORMATS,
     SFT_FORMATS,
     THUMBS_FORMATS,
-    Prepared,
-    PrepareReport,
     prepare_preference,
+    prepare_ranking,
     prepare_sft,
     prepare_thumbs,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "LAYOUTS",
     "PREFERENCE_FORMATS",
     "PROMPT_FORMATS",
+    "RANKING_FORMATS",
     "SFT_FORMATS",
     "THUMBS_FORMATS",
     "Batch",
@@ -39,6 +41,7 @@ __all__ = [
     "mismatched",
     "pack",
     "prepare_preference",
+    "prepare_ranking",
     "prepare_sft",
     "prepare_thumbs",
 ]

@@ -142,6 +142,21 @@ def load_rows(
     return rows
 
 
+def unpaired(rows: Rows) -> Rows:
+    """Pairs as thumbs, as TRL does it: first all chosen answers with a thumb up, then all rejected ones with one down.
+
+    >>> rows = unpaired(load_rows([("2 + 2 =", " 4", " 5")]))
+    >>> [(row["completion"], row["label"]) for row in rows], rows.format
+    ([(' 4', True), (' 5', False)], 'thumbs')
+    """
+    items = [
+        {**row, "completion": row[column], "label": column == "chosen"}
+        for column in ("chosen", "rejected")
+        for row in rows
+    ]
+    return replace(rows, format="thumbs", items=items, numbers=rows.numbers * 2)
+
+
 def scan(
     source: Source, *, formats: Sequence[str] = tuple(FORMATS), split: str = "train", stop: bool = False
 ) -> tuple[Rows, list[tuple[str, str]]]:

@@ -78,6 +78,8 @@ class Batch:
         layout: how the row divides into trees; None when padded.
         source_P: int64, the row of the B * L flattened hidden rows that makes the prediction.
         target_P: int64, the token it should predict.
+        last_S: int64, the hidden row of each sequence's last token.
+        num_answers: sequences of each tree.
         lengths: predictions of each sequence, tree by tree and answer by answer; may be 0, sums to P.
         rows: dataset index of each tree.
         labels: label of each tree.
@@ -91,6 +93,8 @@ class Batch:
     layout: PackedLayout | None
     source_P: Tensor
     target_P: Tensor
+    last_S: Tensor
+    num_answers: tuple[int, ...]
     lengths: tuple[int, ...]
     rows: tuple[int, ...]
     labels: tuple[float, ...]
@@ -99,7 +103,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
-        names = ("input_ids_BL", "position_ids_BL", "attention_mask_BL", "source_P", "target_P")
+        names = ("input_ids_BL", "position_ids_BL", "attention_mask_BL", "source_P", "target_P", "last_S")
         moved = {name: getattr(self, name).to(device) for name in names if getattr(self, name) is not None}
         return replace(self, **moved)
 
@@ -123,8 +127,8 @@ def pack(
     >>> batch = pack([pair], rows=[0])
     >>> batch.input_ids_BL.tolist(), batch.position_ids_BL.tolist()
     ([[5, 6, 7, 8, 9]], [[0, 1, 2, 3, 2]])
-    >>> batch.source_P.tolist(), batch.target_P.tolist(), batch.lengths
-    ([1, 2, 1], [7, 8, 9], (2, 1))
+    >>> batch.source_P.tolist(), batch.target_P.tolist(), batch.lengths, batch.last_S.tolist()
+    ([1, 2, 1], [7, 8, 9], (2, 1), [3, 4])
     """
     _check_layout(layout)
     if not trees or len(trees) != len(rows):
@@ -150,6 +154,8 @@ def pack(
         layout=placed.layout,
         source_P=torch.from_numpy(source_P),
         target_P=torch.from_numpy(target_P),
+        last_S=torch.from_numpy(placed.start_S) + torch.tensor([len(answer) - 1 for _, answer in sequences]),
+        num_answers=tuple(len(tree.answers) for tree in trees),
         lengths=tuple(lengths.tolist()),
         rows=tuple(rows),
         labels=tuple(tree.label for tree in trees),

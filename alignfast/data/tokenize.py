@@ -10,18 +10,18 @@ sequence token, gives it twice in TRL and once here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from alignfast.data.formats import Rows
-from alignfast.data.packing import Tree
+from alignfast.data.forest import Forest, Prepared
+from alignfast.data.formats import Rows, unpaired
 from alignfast.data.sources import DataError, Row
 from alignfast.data.templates import (
     Message,
     Span,
     chat_options,
-    num_alike,
     render,
     render_turns,
     require_contents,
@@ -33,77 +33,9 @@ if TYPE_CHECKING:
 
 SFT_FORMATS = ("text", "messages", "prompt_completion")
 PREFERENCE_FORMATS = ("preference",)
-THUMBS_FORMATS = ("thumbs",)
-TRUNCATION_MODES = ("keep_start", "keep_end")
+THUMBS_FORMATS = ("thumbs", "preference")
+RANKING_FORMATS = ("preference", "ranking")
 _ROWS_AT_ONCE = 1000  # a tokenizer call works on all cores; its result is several times the size of the ids
-
-
-@dataclass
-class PrepareReport:
-    """What became of the rows; nothing is cut or dropped that is not counted here.
-
-    Attributes:
-        rows: rows that made a tree.
-        tokens: tokens of the trees, a prompt counted for each of its answers.
-        tokens_shared: the same with each prompt counted once.
-        trained_tokens: tokens that are predicted and carry loss.
-        truncated_rows: rows cut to `max_length`.
-        tokens_lost: tokens of all rows, kept and dropped, that no tree holds.
-        dropped_rows: rows left without a token to train on.
-        prompt_tokens_moved: tokens of prompts that come after the cut, so that answers start with them.
-        largest_token_id: to hold against the size of a model's vocabulary; -1 without tokens.
-    """
-
-    rows: int = 0
-    tokens: int = 0
-    tokens_shared: int = 0
-    trained_tokens: int = 0
-    truncated_rows: int = 0
-    tokens_lost: int = 0
-    dropped_rows: int = 0
-    prompt_tokens_moved: int = 0
-    largest_token_id: int = -1
-
-    def summary(self) -> str:
-        """A few plain lines for the log.
-
-        >>> print(PrepareReport(rows=2, tokens=30, tokens_shared=20, trained_tokens=8, dropped_rows=1).summary())
-        2 rows, 30 tokens, of which 8 are trained; with prompts shared 20 (1.50 times fewer)
-        1 row dropped: nothing to train on was left of it
-        """
-        lines = [
-            f"{_count(self.rows, 'row')}, {self.tokens:,} tokens, of which {self.trained_tokens:,} are trained"
-        ]
-        if self.tokens_shared < self.tokens:
-            saved = self.tokens / self.tokens_shared
-            lines[0] += f"; with prompts shared {self.tokens_shared:,} ({saved:.2f} times fewer)"
-        if self.truncated_rows:
-            lines.append(f"{_count(self.truncated_rows, 'row')} longer than max_length cut")
-        if self.dropped_rows:
-            lines.append(f"{_count(self.dropped_rows, 'row')} dropped: nothing to train on was left of it")
-        if self.tokens_lost:
-            lines.append(f"{_count(self.tokens_lost, 'token')} lost to cutting and dropping")
-        if self.prompt_tokens_moved:
-            lines.append(
-                f"{_count(self.prompt_tokens_moved, 'token')} at the ends of prompts differ when an answer follows, "
-                "and the answer starts there: end prompts where tokens end, or see how the template renders them"
-            )
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Trees ready to pack.
-
-    Attributes:
-        trees: one a row that was kept, in order.
-        report: what became of the rows.
-        rows: index of each tree's row in the rows given.
-    """
-
-    trees: list[Tree]
-    report: PrepareReport
-    rows: list[int]
 
 
 def prepare_sft(
@@ -136,7 +68,7 @@ def prepare_sft(
     if assistant_only_loss and not rows.conversational:
         raise ValueError("assistant_only_loss=True needs conversations, got plain strings")
     completion_only = has_prompt if completion_only_loss is None else completion_only_loss
-    forest = _Forest(max_length, truncation_mode)
+    forest = Forest(max_length, truncation_mode)
     encoder = Encoder(rows, tokenizer)
     answer = "completion" if has_prompt else rows.format
     for first in range(0, len(rows), _ROWS_AT_ONCE):
@@ -169,7 +101,7 @@ def prepare_preference(
         ValueError: an option is out of range, or the tokenizer lacks what the rows need.
     """
     rows = rows.one_of(PREFERENCE_FORMATS, "preference training")
-    forest = _Forest(max_length, truncation_mode)
+    forest = Forest(max_length, truncation_mode)
     encoder = Encoder(rows, tokenizer)
     for first in range(0, len(rows), _ROWS_AT_ONCE):
         indices = range(first, min(first + _ROWS_AT_ONCE, len(rows)))
@@ -187,7 +119,8 @@ def prepare_thumbs(
     max_length: int | None,
     truncation_mode: str = "keep_start",
 ) -> Prepared:
-    """Trees of a prompt with its completion, labelled 1 for a thumb up and 0 for one down; completions carry loss.
+    """Trees of a prompt with its completion, labelled 1 for a thumb up and 0 for one down; completions carry loss. Pairs
+    make a thumb up and one down each.
 
     Args:
         rows: what `load_rows` gave.
@@ -200,14 +133,72 @@ def prepare_thumbs(
         ValueError: an option is out of range, or the tokenizer lacks what the rows need.
     """
     rows = rows.one_of(THUMBS_FORMATS, "training on thumbs")
-    forest = _Forest(max_length, truncation_mode)
+    given = len(rows)
+    rows = unpaired(rows) if rows.format == "preference" else rows
+    forest = Forest(max_length, truncation_mode)
     encoder = Encoder(rows, tokenizer)
     for first in range(0, len(rows), _ROWS_AT_ONCE):
         indices = range(first, min(first + _ROWS_AT_ONCE, len(rows)))
         sequences, _ = encoder.sequences(indices, "completion")
         for index, prompt, sequence in zip(indices, encoder.prompts(indices), sequences):
-            forest.plant(index, prompt, [sequence], None, label=float(rows[index]["label"]))
+            forest.plant(index % given, prompt, [sequence], None, label=float(rows[index]["label"]))
     return forest.prepared()
+
+
+def prepare_ranking(
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    truncation_mode: str = "drop",
+) -> Prepared:
+    """Trees of a prompt with its answers, best first, from rankings or pairs; a pair's label is its `margin`, 0 without.
+
+    Args:
+        rows: what `load_rows` gave.
+        tokenizer: any of transformers'; it needs no pad token.
+        max_length: longest prompt with answer in tokens; None cuts nothing.
+        truncation_mode: `drop` leaves a row out of which a sequence is longer; `keep_start` and `keep_end` cut it.
+
+    Raises:
+        DataError: the columns make neither, a margin is no number or stands in a ranking, or a row's template fails.
+        ValueError: an option is out of range, or the tokenizer lacks what the rows need.
+    """
+    rows = rows.one_of(RANKING_FORMATS, "reward training")
+    ranked = [
+        row["ranking"] if rows.format == "ranking" else [row["chosen"], row["rejected"]] for row in rows
+    ]
+    margins = [_margin(rows, index) for index in range(len(rows))]
+    forest = Forest(max_length, truncation_mode)
+    for first in range(0, len(rows), _ROWS_AT_ONCE):
+        indices = range(first, min(first + _ROWS_AT_ONCE, len(rows)))
+        places = [index for index in indices for _ in ranked[index]]
+        single = [{**rows[index], "completion": answer} for index in indices for answer in ranked[index]]
+        numbers = [rows.numbers[index] for index in places]
+        encoder = Encoder(replace(rows, items=single, numbers=numbers), tokenizer)
+        sequences = iter(encoder.sequences(range(len(single)), "completion")[0])
+        starts = [at for at, index in enumerate(places) if at == 0 or places[at - 1] != index]
+        for index, prompt in zip(indices, encoder.prompts(starts)):
+            forest.plant(index, prompt, [next(sequences) for _ in ranked[index]], None, margins[index])
+    return forest.prepared()
+
+
+def _margin(rows: Rows, index: int) -> float:
+    """By how much the chosen answer of a pair should lead.
+
+    Raises:
+        DataError: it is no number, or the row is a ranking.
+    """
+    if "margin" not in rows.columns:
+        return 0.0
+    value = rows[index].get("margin")
+    if rows.format == "ranking":
+        raise DataError(
+            f"{rows.name}: column 'margin' is for pairs, and these are rankings: rename or remove it"
+        )
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise DataError(f"{rows.where(index)}: column 'margin' must be a number, got {value!r}")
+    return float(value)
 
 
 class Encoder:
@@ -295,84 +286,5 @@ class Encoder:
             raise DataError(f"{self.rows.where(index)}: {error}") from error
 
 
-@dataclass
-class _Forest:
-    """Cuts sequences to length, makes trees of them, and keeps the count."""
-
-    max_length: int | None
-    truncation_mode: str
-    trees: list[Tree] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    report: PrepareReport = field(default_factory=PrepareReport)
-
-    def __post_init__(self) -> None:
-        if self.max_length is not None and self.max_length < 1:
-            raise ValueError(f"max_length must be >= 1, or None for no cut, got {self.max_length}")
-        if self.truncation_mode not in TRUNCATION_MODES:
-            raise ValueError(
-                f"truncation_mode={self.truncation_mode!r} is not one of {', '.join(TRUNCATION_MODES)}"
-            )
-
-    def plant(
-        self,
-        row: int,
-        prompt: list[int],
-        sequences: list[list[int]],
-        turns: list[bool] | None,
-        label: float = 0.0,
-    ) -> None:
-        """Add a row: its prompt alone, its prompt with each answer, which tokens may be trained at all, its label."""
-        context = min(num_alike(prompt, ids) for ids in sequences)
-        self.report.prompt_tokens_moved += len(prompt) - context
-        windows = [self._window(len(ids)) for ids in sequences]
-        heads = {max(0, min(context, window.stop) - window.start) for window in windows}
-        head = heads.pop() if len(heads) == 1 else 0
-        answers, masks = [], []
-        for ids, window in zip(sequences, windows):
-            places = range(window.start + head, window.stop)
-            answers.append(tuple(ids[places.start : places.stop]))
-            masks.append(tuple(at >= context and (turns is None or turns[at]) for at in places))
-        shared = tuple(sequences[0][windows[0].start :][:head])
-        # Without a prompt, nothing predicts the first token.
-        trained = sum(sum(mask if shared else mask[1:]) for mask in masks)
-        total = sum(map(len, sequences))
-        if not trained or not all(answers):
-            self.report.dropped_rows += 1
-            self.report.tokens_lost += total
-            return
-        self._keep(row, Tree(shared, tuple(answers), tuple(masks), label), trained, total)
-
-    def _keep(self, row: int, tree: Tree, trained: int, total: int) -> None:
-        """Add a tree with so many predictions, cut from so many tokens."""
-        report = self.report
-        self.trees.append(tree)
-        self.rows.append(row)
-        report.rows += 1
-        report.tokens += tree.num_tokens_unshared
-        report.tokens_shared += tree.num_tokens
-        report.trained_tokens += trained
-        report.truncated_rows += tree.num_tokens_unshared < total
-        report.tokens_lost += total - tree.num_tokens_unshared
-        segments = filter(None, (tree.prompt, *tree.answers))
-        report.largest_token_id = max(report.largest_token_id, *map(max, segments))
-
-    def _window(self, length: int) -> range:
-        """Places of a sequence that stay."""
-        if self.max_length is None or length <= self.max_length:
-            return range(length)
-        return (
-            range(self.max_length)
-            if self.truncation_mode == "keep_start"
-            else range(length - self.max_length, length)
-        )
-
-    def prepared(self) -> Prepared:
-        return Prepared(self.trees, self.report, self.rows)
-
-
 def _conversation(row: Row, column: str) -> list[Message]:
     return row[column] if column == "messages" else row["prompt"] + row[column]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

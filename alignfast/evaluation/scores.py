@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from alignfast.data import Tree, cut, pack
+from alignfast.data import Tree
 from alignfast.models import Policy
 
 MAX_TOKENS = 4096  # of one batch; the logits are never stored, so that this bounds the trunk's activations
@@ -36,25 +36,10 @@ def answer_scores(policy: Policy, trees: Sequence[Tree], max_tokens: int = MAX_T
     """
     if not trees:
         raise ValueError("there is nothing to score: no row has a token to predict")
-    device = next(policy.parameters()).device
-    training = policy.training
-    policy.eval()
-    policy.probe()
     sums, lengths = [], []
-    try:
-        with policy.attached():
-            for run in _runs(trees, policy.layout, max_tokens):
-                batch = pack([trees[i] for i in run], list(run), policy.layout, pad_id=0).to(device)
-                logps_P = policy(batch).double().cpu()
-                lengths_S = torch.tensor(batch.lengths)
-                sums.append(torch.segment_reduce(logps_P, "sum", lengths=lengths_S, initial=0).numpy())
-                lengths.append(lengths_S.numpy())
-    finally:
-        policy.train(training)
+    for batch, logps_P in policy.over(trees, max_tokens):
+        lengths_S = torch.tensor(batch.lengths)
+        logps_P = logps_P.double().cpu()
+        sums.append(torch.segment_reduce(logps_P, "sum", lengths=lengths_S, initial=0).numpy())
+        lengths.append(lengths_S.numpy())
     return Scores(np.concatenate(sums), np.concatenate(lengths))
-
-
-def _runs(trees: Sequence[Tree], layout: str, max_tokens: int) -> list[range]:
-    """Consecutive runs within the budget. Padding costs a tree most, so that every tree fits by that measure."""
-    longest = max(len(tree.answers) * (len(tree.prompt) + max(map(len, tree.answers))) for tree in trees)
-    return cut(trees, layout, max(max_tokens, longest))

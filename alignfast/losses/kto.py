@@ -28,7 +28,7 @@ KTO_LOSSES = ("kto", "apo_zero_unpaired")
 def kto_loss(
     lengths: Sequence[int],
     labels: Sequence[float],
-    ref_logps_N: Tensor | None,
+    ref_logps_N: Tensor,
     reference_point: Tensor | float = 0.0,
     *,
     num_thumbs: int,
@@ -42,7 +42,7 @@ def kto_loss(
     Args:
         lengths: predictions of each completion.
         labels: 1 for a thumb up, 0 for one down.
-        ref_logps_N: the reference model's log-probs, summed over each completion; None where there are none.
+        ref_logps_N: the reference model's log-probs, summed over each completion.
         reference_point: z0 in nats, >= 0; unused by `apo_zero_unpaired`.
         num_thumbs: thumbs of the whole step: all micro-batches, all ranks.
         loss_type: `kto` or `apo_zero_unpaired`.

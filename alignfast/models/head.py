@@ -37,7 +37,7 @@ def head_of(model: PreTrainedModel) -> Head:
         raise ModelRefused(
             f"{type(model).__name__} has no output embeddings; load it as a causal language model"
         )
-    weight_VD, bias_V = _weight_and_bias(module)
+    weight_VD, bias_V = weight_and_bias(module)
     if isinstance(weight_VD, DTensor):
         weight_VD = weight_VD.full_tensor()
     if isinstance(bias_V, DTensor):
@@ -69,12 +69,17 @@ def _scale(model: PreTrainedModel) -> float:
     return float(scale)
 
 
-def _weight_and_bias(module: Any) -> tuple[Tensor, Tensor | None]:
+def weight_and_bias(module: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a linear layer as of now: the copy that PEFT trains, adapters merged.
+
+    Raises:
+        ModelRefused: it is no linear layer, or carries adapters that can't be merged.
+    """
     if hasattr(module, "modules_to_save"):  # PEFT: a head that is trained whole
         active = getattr(module, "active_adapters", None) or []
         if not active or module.disable_adapters:
-            return _weight_and_bias(module.original_module)
-        return _weight_and_bias(module.modules_to_save[active[0]])
+            return weight_and_bias(module.original_module)
+        return weight_and_bias(module.modules_to_save[active[0]])
     if hasattr(module, "base_layer"):  # PEFT: a head with adapters
         return _merged(module)
     if not isinstance(module, nn.Linear):
@@ -84,7 +89,7 @@ def _weight_and_bias(module: Any) -> tuple[Tensor, Tensor | None]:
 
 def _merged(layer: Any) -> tuple[Tensor, Tensor | None]:
     """Weight of an adapted head with its active adapters added, differentiable in them."""
-    weight_VD, bias_V = _weight_and_bias(layer.base_layer)
+    weight_VD, bias_V = weight_and_bias(layer.base_layer)
     if layer.disable_adapters or layer.merged:
         return weight_VD, bias_V
     for name in layer.active_adapters:

@@ -1,9 +1,9 @@
-"""From a folder, a hub name or an object to a policy and its tokenizer."""
+"""From a folder, a hub name or an object to a policy or a reward model, and its tokenizer."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils import find_adapter_config_file
 
 from alignfast.models.attention import ModelRefused
+from alignfast.models.classifier import load_classifier
 from alignfast.models.policy import Policy
+from alignfast.models.reward import RewardModel
 
 
 def load_policy(
@@ -44,20 +46,82 @@ def load_policy(
         ValueError: the layout is unknown, or options that concern loading come with a model object.
         ModelRefused: the model can't be trained this way; the message names the way out.
     """
+    model = _loaded(model, layout, dtype, lambda name, dtype: _load(name, dtype, trust_remote_code))
+    model = _ready(model, peft_config, "CAUSAL_LM", gradient_checkpointing, disable_dropout)
+    return Policy(model, layout=layout, backend=backend)
+
+
+def load_reward_model(
+    model: Any,
+    *,
+    num_heads: int | None = None,
+    layout: str = "shared",
+    backend: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    peft_config: Any = None,
+    gradient_checkpointing: bool = False,
+    disable_dropout: bool = True,
+    trust_remote_code: bool = False,
+) -> RewardModel:
+    """A reward model ready to train or to score.
+
+    Args:
+        model: folder or hub name of a sequence classification model, of its adapters, or of a causal language model, which
+            gets a fresh head; or a transformers sequence classification model or PEFT model.
+        num_heads: rewards of an answer, each from a head of its own; None is the model's own number, 1 for a fresh head.
+        layout: as of `load_policy`, like all that follows.
+        backend: backend of the kernels.
+        dtype: of the parameters of a model loaded here; None is float32.
+        peft_config: a PEFT config, or a mapping of LoraConfig's options; the head is trained whole beside the adapters.
+        gradient_checkpointing: recompute activations in the backward pass.
+        disable_dropout: set every dropout of the model to 0.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ValueError: the model has another number of heads, or a checkpoint lacks weights, its head among them; as
+            `load_policy`.
+        ModelRefused: the model can't be trained this way; the message names the way out.
+    """
+    fresh = []
+
+    def load(name: str, dtype: str | torch.dtype) -> nn.Module:
+        loaded, is_fresh = load_classifier(name, num_heads, dtype, trust_remote_code)
+        fresh.append(is_fresh)
+        return loaded
+
+    model = _loaded(model, layout, dtype, load)
+    model = _ready(model, peft_config, "SEQ_CLS", gradient_checkpointing, disable_dropout)
+    found = RewardModel(model, layout=layout, backend=backend, fresh_head=any(fresh))
+    if num_heads not in (None, found.num_heads):
+        raise ValueError(
+            f"{type(found.base).__name__} has {found.num_heads} outputs and num_heads={num_heads}: give its own number"
+        )
+    return found
+
+
+def _loaded(model: Any, layout: str, dtype: Any, load: Callable[[str, str | torch.dtype], nn.Module]) -> Any:
+    """A model object as it is, one by its name loaded."""
     if layout not in ("shared", "packed", "padded"):
         raise ValueError(f"layout must be shared, packed or padded, got {layout!r}")
     if isinstance(model, (str, os.PathLike)):
-        model = _load(model, dtype or torch.float32, trust_remote_code)
-    elif dtype is not None:
+        return load(os.path.expanduser(os.fspath(model)), dtype or torch.float32)
+    if dtype is not None:
         raise ValueError(
             "dtype is for models loaded by name; cast the model object yourself with model.to(dtype)"
         )
+    return model
+
+
+def _ready(
+    model: Any, peft_config: Any, task_type: str, gradient_checkpointing: bool, disable_dropout: bool
+) -> Any:
+    """The model with its adapters, its dropout and its checkpointing as asked for."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ModelRefused(
             f"{type(model).__name__} is an encoder-decoder; only decoder models are trained here"
         )
     if peft_config is not None:
-        model = _add_adapters(model, peft_config)
+        model = _add_adapters(model, peft_config, task_type)
     if disable_dropout:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -69,11 +133,10 @@ def load_policy(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if hasattr(model, "enable_input_require_grads") and hasattr(model, "peft_config"):
             model.enable_input_require_grads()
-    return Policy(model, layout=layout, backend=backend)
+    return model
 
 
-def _load(name: str | os.PathLike[str], dtype: str | torch.dtype, trust_remote_code: bool) -> nn.Module:
-    name = os.path.expanduser(os.fspath(name))
+def _load(name: str, dtype: str | torch.dtype, trust_remote_code: bool) -> nn.Module:
     adapter_config = find_adapter_config_file(name)
     if adapter_config is None:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -85,13 +148,13 @@ def _load(name: str | os.PathLike[str], dtype: str | torch.dtype, trust_remote_c
     return PeftModel.from_pretrained(model, name, is_trainable=True)
 
 
-def _add_adapters(model: nn.Module, peft_config: Any) -> nn.Module:
+def _add_adapters(model: nn.Module, peft_config: Any, task_type: str) -> nn.Module:
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if isinstance(model, PeftModel):
         raise ValueError("the model has adapters already; give peft_config, or a PEFT model, not both")
     if isinstance(peft_config, Mapping):
-        peft_config = LoraConfig(**{"task_type": "CAUSAL_LM", **peft_config})
+        peft_config = LoraConfig(**{"task_type": task_type, **peft_config})
     return get_peft_model(model, peft_config)  # type: ignore[arg-type]
 
 

@@ -91,6 +91,24 @@ def interval_plot(
         return svg(figure, label)
 
 
+def reliability_plot(bins: Sequence[tuple[float, float, int]]) -> str:
+    """Accuracy against confidence as an SVG element.
+
+    Args:
+        bins: confidence, accuracy, and pairs of each bin; larger bins have larger points.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.4, 2.9), layout="constrained")
+        axes = figure.subplots()
+        axes.plot([0.5, 1], [0.5, 1], ":", color=matplotlib.rcParams["text.color"], linewidth=1)
+        most = max(count for _, _, count in bins)
+        confidences, accuracies = [entry[0] for entry in bins], [entry[1] for entry in bins]
+        axes.plot(confidences, accuracies, color=COLOURS[0], linewidth=1.2)
+        axes.scatter(confidences, accuracies, [10 + 70 * entry[2] / most for entry in bins], COLOURS[0])
+        axes.set(xlim=(0.49, 1.01), ylim=(-0.03, 1.03), xlabel="confidence", ylabel="share right")
+        return svg(figure, "share of pairs that are right against confidence")
+
+
 def draw_intervals(
     axes: Axes, rows: Mapping[str, Mapping[str, tuple[float, float, float]]], middle: float
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from alignfast.findings import Finding, findings, read_run, series
 from alignfast.report.page import cards, details, figure, grid, page, section, table
-from alignfast.report.plots import Line, line_plot
+from alignfast.report.plots import Line, line_plot, reliability_plot
 
 # Caption, note, and the metrics drawn together; a metric is drawn where it was logged.
 _PLOTS: tuple[tuple[str, str, Mapping[str, str]], ...] = (
@@ -20,7 +20,16 @@ _PLOTS: tuple[tuple[str, str, Mapping[str, str]], ...] = (
         "share of pairs where the chosen answer has the higher reward",
         {"rewards/accuracies": "training", "eval_rewards/accuracies": "held out"},
     ),
+    (
+        "Accuracy",
+        "share of pairs where the better answer has the higher reward",
+        {"accuracy": "training", "eval_accuracy": "held out"},
+    ),
     ("Margin", "chosen reward over rejected", {"rewards/margins": "training", "eval_rewards/margins": "held out"}),
+    ("Lead", "better answer's reward less the worse one's", {"margin": "training", "eval_margin": "held out"}),
+    ("Rewards of answers", "", {"max_reward": "largest", "mean_reward": "mean", "min_reward": "smallest"}),
+    ("Disagreement of heads", "standard deviation", {"disagreement": "training", "eval_disagreement": "held out"}),
+    ("Reference point", "in nats", {"kl": "training", "eval_kl": "held out"}),
     ("Rewards", "beta times the log-ratio to the reference", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
     ("Log-probs of answers", "in nats", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
     ("Token accuracy", "share of tokens that were the likeliest", {
@@ -51,7 +60,7 @@ def write_report(folder: str | Path) -> Path:
             _subtitle(rows, config),
             cards(_figures(rows)),
             section("What stands out", finding_list(findings(rows, config))),
-            section("Plots", grid(plots(rows))),
+            section("Plots", grid([*plots(rows), *_reliability(folder / "calibration.json")])),
             section("Samples", _samples(folder / "samples.jsonl")),
             section("Options", details("all options of the run", _options(config))),
         )
@@ -93,6 +102,9 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
         "eval_loss": ("held-out loss", "{:.4g}"),
         "rewards/accuracies": ("preference accuracy", "{:.1%}"),
         "eval_rewards/accuracies": ("held-out preference accuracy", "{:.1%}"),
+        "accuracy": ("accuracy", "{:.1%}"),
+        "eval_accuracy": ("held-out accuracy", "{:.1%}"),
+        "eval_ece": ("held-out calibration error", "{:.3f}"),
         "rewards/margins": ("margin", "{:.3g}"),
         "mean_token_accuracy": ("token accuracy", "{:.1%}"),
         "num_tokens": ("tokens trained on", "{:,.0f}"),
@@ -106,6 +118,15 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     if speeds:
         shown.append(("tokens/s, median", f"{sorted(speeds)[len(speeds) // 2]:,.0f}"))
     return shown
+
+
+def _reliability(file: Path) -> list[str]:
+    """How often a reward model is right against how sure it is, from its last evaluation."""
+    if not file.is_file():
+        return []
+    bins = json.loads(file.read_text())["bins"]
+    drawing = reliability_plot([(entry["confidence"], entry["accuracy"], entry["pairs"]) for entry in bins])
+    return [figure("Reliability", drawing, "held out: on the dotted line it is as often right as it says")]
 
 
 def _samples(file: Path) -> str:

@@ -28,7 +28,7 @@ from transformers.utils import find_adapter_config_file
 from alignfast.data import encode_completions
 from alignfast.models import ModelRefused, load_tokenizer
 from alignfast.models.attention import attention_set
-from alignfast.models.policy import drops_softcap
+from alignfast.models.trunk import drops_softcap
 from alignfast.rewards.protocol import Text
 
 MAX_TOKENS = 8192  # of one batch, padding included

@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from alignfast.kernels import PackedLayout, sample_tokens
 from alignfast.models.attention import NAME, ModelRefused, attention_set, check_layer_kinds
-from alignfast.models.policy import PROBE_TOLERANCE, Policy
+from alignfast.models.policy import Policy
+from alignfast.models.trunk import PROBE_TOLERANCE
 from alignfast.rollout.cache import PagedCache
 from alignfast.rollout.finish import Finish
 from alignfast.rollout.pages import Pages
@@ -108,7 +109,8 @@ class NativeEngine:
             sampling = Sampling(max_new_tokens=3, temperature=0, stop_token_ids=())
             ((completion,),) = self.generate([list(prompt)], sampling)
             with evaluating(self.policy.model), attention_set(base, "eager"):
-                theirs_NV = self.policy.plain_logits(prompt, completion.token_ids, device).float()
+                ids_1L = torch.tensor([prompt + completion.token_ids], device=device)
+                theirs_NV = self.policy.plain_logits(ids_1L)[len(prompt) - 1 : -1].float()
         except ModelRefused:
             raise
         except Exception as error:

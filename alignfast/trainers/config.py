@@ -12,7 +12,7 @@ import json
 import os
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from typing_extensions import dataclass_transform
@@ -91,6 +91,7 @@ class TrainerConfig:
     """Tokens of a sequence, prompt and completion; longer ones are cut. None cuts nothing."""
     truncation_mode: str = "keep_start"
     """Which end stays when a sequence is cut: `keep_start` or `keep_end`."""
+    truncation_modes: ClassVar[tuple[str, ...]] = ("keep_start", "keep_end")
     layout: str = "shared"
     """`shared`: prompts are computed once for all their answers. `packed`: no padding. `padded`: as others do it. All
     give the same losses, but for a mixture's router loss, which counts the tokens that were computed."""
@@ -194,7 +195,7 @@ class TrainerConfig:
         )
         self._require(self.num_train_epochs > 0, "num_train_epochs", "above 0")
         self._choose("layout", "shared", "packed", "padded")
-        self._choose("truncation_mode", "keep_start", "keep_end")
+        self._choose("truncation_mode", *self.truncation_modes)
         self._choose("train_sampling_strategy", "random", "sequential")
         self._choose("optim", "adamw_torch_fused", "adamw_torch")
         self._choose("logging_strategy", "steps", "epoch", "no")

@@ -33,5 +33,6 @@ def evaluate_on(trainer: Trainer, data: Data) -> dict[str, float]:
             trainer.control = trainer.handler.on_prediction_step(args, trainer.state, trainer.control)
             if trainer.stop.of_any_rank(trainer.accelerator):
                 raise EvaluationStopped
+    figures = {**meter.read(trainer.accelerator), **trainer.after_evaluation(data)}
     seconds = time.perf_counter() - began
-    return {**meter.read(trainer.accelerator), "runtime": seconds, "samples_per_second": len(rows) / seconds}
+    return {**figures, "runtime": seconds, "samples_per_second": len(rows) / seconds}

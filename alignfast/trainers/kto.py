@@ -65,7 +65,7 @@ class KTOConfig(TrainerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        kto_loss((), (), None, num_thumbs=1, **self.loss_options)  # tells a wrong option
+        kto_loss((), (), torch.zeros(0), num_thumbs=1, **self.loss_options)  # tells a wrong option
 
 
 class KTOTrainer(Trainer):

@@ -27,7 +27,7 @@ from transformers.trainer_utils import TrainOutput
 from alignfast.data import Batch, Prepared, Rows, Tree, load_rows
 from alignfast.kernels._targets import bad_targets_seen
 from alignfast.models.load import load_policy, load_tokenizer
-from alignfast.models.policy import Policy
+from alignfast.models.trunk import Trunk
 from alignfast.trainers.batches import NO_DATA, Counts, Data, Share, join_data, pack_rows, share_out
 from alignfast.trainers.config import TrainerConfig, one_of, resolve_config, resume_option
 from alignfast.trainers.estimate import describe_run
@@ -68,7 +68,7 @@ class Trainer:
     formats: ClassVar[tuple[str, ...]]  # of rows that it trains on
     forwards_beside = 0  # passes over a batch's tokens beside the trained one
     args: Any  # a config_class
-    module: Policy  # the model with its log-probs
+    module: Any  # a Trunk: the model with its log-probs, or with its rewards
     policy: Any  # the module as it is called: in DDP, FSDP2 or autocast; None before the first use
     state: TrainerState  # transformers', as its callbacks know it; so is control
     control: TrainerControl
@@ -117,7 +117,7 @@ class Trainer:
 
     # What a trainer defines
 
-    def load(self, model: Any, peft_config: Any) -> Any:
+    def load(self, model: Any, peft_config: Any) -> Trunk:
         """The module that is trained, from what the trainer was given."""
         return load_policy(model, peft_config=peft_config, **self.args.loading)
 
@@ -136,6 +136,10 @@ class Trainer:
     def before_step(self, data: Data, share: Share) -> None:
         """What a loss must know of the whole step before its first micro-batch; called on all ranks, in evaluation too,
         where the step is all rows."""
+
+    def after_evaluation(self, data: Data) -> dict[str, float]:
+        """Figures of an evaluation that are no sums over batches; called on all ranks."""
+        return {}
 
     def before_training(self) -> None:
         """What must happen while the model still is as it was given; called before it is wrapped or loaded."""
@@ -157,8 +161,10 @@ class Trainer:
             TrainingInterrupted: SIGTERM or SIGINT came; the checkpoint is written. A SystemExit of code 75.
             ModelRefused: the model can't be trained in this layout.
         """
-        if not self.train_data.trees:
+        if self.train_data is NO_DATA:
             raise ValueError("train() needs a train_dataset")
+        if not self.train_data.trees:
+            raise ValueError(f"no row of train_dataset is left: {self.train_data.report.summary()}")
         args, mode = self.args, self.model.training
         if args.keep_cpu_memory and self.accelerator.device.type == "cpu":
             keep_cpu_memory()

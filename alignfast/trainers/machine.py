@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from alignfast.models.policy import Policy
+from alignfast.models.trunk import Trunk
 from alignfast.trainers.config import TrainerConfig
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
@@ -63,8 +63,8 @@ def make_accelerator(config: TrainerConfig) -> Accelerator:
     return accelerator
 
 
-def wrap(policy: Policy, config: TrainerConfig, accelerator: Accelerator) -> Any:
-    """The policy as it is to be called: sharded, or replicated by DDP, or alone; in autocast if asked for."""
+def wrap(policy: Trunk, config: TrainerConfig, accelerator: Accelerator) -> Any:
+    """The module as it is to be called: sharded, or replicated by DDP, or alone; in autocast if asked for."""
     if not config.fsdp:
         return accelerator.prepare_model(policy)
     ranks = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignfast.data import LAYOUTS, Batch, Tree, cut, pack
+from alignfast.data import LAYOUTS, Batch, Tree, cut, mismatched, pack
 
 PAD = 999  # no token of a tree, so that a pad token in a context or target shows
 
@@ -139,6 +139,7 @@ def test_shapes_types_and_the_move_to_a_device() -> None:
     batch = pack([pair(2, 1, 3)], [0], "padded", pad_id=0).to("meta")
     assert batch.input_ids_BL.shape == batch.position_ids_BL.shape == (2, 5)
     tensors = [
+        batch.last_S,
         batch.input_ids_BL,
         batch.position_ids_BL,
         batch.attention_mask_BL,
@@ -192,3 +193,25 @@ def test_pack_refuses(arguments: tuple, message: str) -> None:
 def test_tree_refuses_empty_answers_and_masks_of_another_length(answers: tuple, trained: tuple) -> None:
     with pytest.raises(ValueError, match="masks alike"):
         Tree((1,), answers, trained)
+
+
+def test_last_rows_labels_and_answers_in_every_layout() -> None:
+    """The hidden row of each sequence's last token holds that token, shared prompts or not."""
+    trees = [pair(3, 2, 1), pair(0, 4), pair(2, 1, 3, 2)]
+    expected = [answer[-1] for tree in trees for answer in tree.answers]
+    for layout in LAYOUTS:
+        batch = pack(trees, [0, 1, 2], layout, pad_id=0)
+        assert batch.input_ids_BL.flatten()[batch.last_S].tolist() == expected
+        assert batch.num_answers == (2, 1, 3)
+        assert batch.labels == (0.0, 0.0, 0.0)
+
+
+def test_mismatched_answers_stay_within_the_rows_of_a_step() -> None:
+    """Seven rows in steps of three: two rotations, and a lone row that takes the one before it."""
+    trees = [Tree((i,), ((10 + i,),), ((True,),)) for i in range(7)]
+    found = mismatched(trees, together=3, max_length=None)
+    assert [tree.prompt for tree in found] == [tree.prompt for tree in trees]
+    assert [tree.answers[0][0] - 10 for tree in found] == [2, 0, 1, 5, 3, 4, 5]
+    assert [tree.answers[0][0] - 10 for tree in mismatched(trees, 100, None)] == [6, 0, 1, 2, 3, 4, 5]
+    with pytest.raises(ValueError, match="two rows at least, got 1"):
+        mismatched(trees[:1], 3, None)

@@ -21,7 +21,9 @@ from alignfast.data import (
     encode_completions,
     load_rows,
     prepare_preference,
+    prepare_ranking,
     prepare_sft,
+    prepare_thumbs,
 )
 
 MakeTokenizer = Callable[..., Any]
@@ -341,3 +343,66 @@ def test_completions_of_another_number_or_kind_are_refused(make_tokenizer: MakeT
     message = [{"role": "assistant", "content": "b"}]
     with pytest.raises(ValueError, match="says that all are texts, and prompt or completion 0 is not"):
         encode_completions(["a"], [message], tokenizer)  # type: ignore[list-item]
+
+
+PAIRS = [
+    {"prompt": "ok a", "chosen": "b", "rejected": " he"},
+    {"prompt": [user("he")], "chosen": [assistant("ok")], "rejected": [assistant("ab ab")]},
+]
+
+
+@pytest.mark.parametrize("row", PAIRS, ids=["plain", "conversation"])
+def test_thumbs_and_rankings_have_the_ids_of_pairs(
+    row: dict[str, Any], make_tokenizer: MakeTokenizer
+) -> None:
+    """Each thumb is one side of the pair, cut where its own prompt ends; a ranking of two is the pair."""
+    tokenizer = make_tokenizer(add_bos=True)
+    tokenizer.chat_template = CHATML
+    pairs = load_rows([row])
+    expected = pair(prepare_preference(pairs, tokenizer, max_length=None))
+    ranking = {"prompt": row["prompt"], "ranking": [row["chosen"], row["rejected"]]}
+    assert pair(prepare_ranking(load_rows([ranking]), tokenizer, max_length=None)) == expected
+    assert pair(prepare_ranking(pairs, tokenizer, max_length=None)) == expected
+    thumbs = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for side in ("chosen", "rejected")
+    ]
+    for given in (load_rows(thumbs), pairs):  # pairs are taken apart
+        prepared = prepare_thumbs(given, tokenizer, max_length=None)
+        assert [tree.label for tree in prepared.trees] == [1, 0]
+        assert [sequences(tree)[0][0] for tree in prepared.trees] == [ids for ids, _ in expected]
+        assert prepared.rows == ([0, 1] if given is not pairs else [0, 0])
+
+
+def test_a_ranking_keeps_its_order_and_a_pair_its_margin(make_tokenizer: MakeTokenizer) -> None:
+    rows = [
+        {"prompt": "ok", "ranking": [" he", " a", " ab"]},
+        {"prompt": "a", "ranking": [" a", " he"]},
+    ]
+    first, second = prepare_ranking(load_rows(rows), make_tokenizer(), max_length=None).trees
+    assert first.answers == ((258, 263), (259, 263), (220, 256, 263))
+    assert second.answers == ((259, 263), (258, 263))
+    margins = [{"prompt": "ok", "chosen": " he", "rejected": " a", "margin": margin} for margin in (2, 0.5)]
+    trees = prepare_ranking(load_rows(margins), make_tokenizer(), max_length=None).trees
+    assert [tree.label for tree in trees] == [2.0, 0.5]
+
+
+def test_rows_that_are_too_long_are_left_out_of_rankings(make_tokenizer: MakeTokenizer) -> None:
+    """An answer without its end is another answer; the other modes cut it when asked."""
+    rows = load_rows([("ok", " he", " a"), ("ok", " he he he", " a"), ("ok", " a", " he")])
+    prepared = prepare_ranking(rows, make_tokenizer(), max_length=3)
+    assert prepared.rows == [0, 2]
+    assert (prepared.report.too_long_rows, prepared.report.dropped_rows, prepared.report.tokens_lost) == (
+        1,
+        0,
+        8,
+    )
+    assert "1 row longer than max_length left out" in prepared.report.summary()
+    cut = prepare_ranking(rows, make_tokenizer(), max_length=3, truncation_mode="keep_end")
+    assert cut.rows == [0, 1, 2]
+
+
+def test_a_missing_margin_names_its_row(make_tokenizer: MakeTokenizer) -> None:
+    rows = [{"prompt": "ok", "chosen": " he", "rejected": " a", **margin} for margin in ({"margin": 1.0}, {})]
+    with pytest.raises(DataError, match="index 1: column 'margin' must be a number, got None"):
+        prepare_ranking(load_rows(rows), make_tokenizer(), max_length=None)

@@ -13,7 +13,7 @@ import pytest
 from trainers.tiny import make_llama, make_pairs, make_rows, make_tokenizer
 
 import alignfast
-from alignfast import DPOConfig, DPOTrainer, KTOConfig, SFTConfig, SFTTrainer
+from alignfast import DPOConfig, DPOTrainer, KTOConfig, RewardConfig, SFTConfig, SFTTrainer
 from alignfast.trainers.plan import Plan, steps_per_epoch
 from alignfast.trainers.refused import REFUSED
 
@@ -38,14 +38,17 @@ OWN = {
         learning_rate=1e-6, beta=0.1, loss_type="kto", desirable_weight=1.0, undesirable_weight=1.0,
         precompute_ref_log_probs=False, disable_dropout=True,
     ),
+    RewardConfig: dict(
+        learning_rate=1e-4, center_rewards_coefficient=None, disable_dropout=True, truncation_mode="drop",
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("config_class", OWN)
 def test_defaults_are_trl_s(config_class):
     config = config_class()
-    assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
-    assert {name: getattr(config, name) for name in OWN[config_class]} == OWN[config_class]
+    expected = {**DEFAULTS, **OWN[config_class]}
+    assert {name: getattr(config, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize("name", REFUSED)

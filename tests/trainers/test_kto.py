@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from trainers.tiny import make_llama, make_rows, make_thumbs, make_tokenizer
+from trainers.tiny import make_llama, make_pairs, make_rows, make_thumbs, make_tokenizer
 
 from alignfast import KTOTrainer
 from alignfast.data import mismatched
@@ -121,6 +121,20 @@ def test_references_train_alike(tmp_path, peft_config):
     assert len(table.reference.logps_RA) == 26  # 13 rows, and each prompt with another's answer
 
 
+def test_pairs_are_taken_apart(tmp_path):
+    """As TRL does it: a thumb up for each chosen answer, then one down for each rejected one."""
+    trainer = KTOTrainer(
+        make_llama(),
+        train_dataset=make_pairs(4),
+        processing_class=make_tokenizer(),
+        output_dir=str(tmp_path),
+        **RUN,
+    )
+    trainer.train()
+    assert [tree.label for tree in trainer.train_data.trees] == [1, 1, 1, 1, 0, 0, 0, 0]
+    assert trainer.state.log_history[-1]["step"] == 4
+
+
 def test_a_table_knows_no_rows_that_come_later(tmp_path):
     trainer = trained(tmp_path, precompute_ref_log_probs=True, eval_dataset=make_thumbs(3, 9))
     assert "eval_kl" in trainer.evaluate()
@@ -183,7 +197,7 @@ def test_mismatched_answers_respect_lengths():
         ([{**row, "label": 1} for row in make_rows(3)], "'label' must be true or false, got 1"),
         ([{**row, "label": "good"} for row in make_rows(3)], "'label' must be true or false, got 'good'"),
         (make_thumbs(3)[:1], "two rows at least, got 1"),
-        (make_rows(3), r"columns \(prompt, completion\) make no format that is taken here: prompt.completion.label"),
+        (make_rows(3), "make no format that is taken here: prompt.completion.label, chosen.rejected"),
         ([*make_thumbs(2), {"prompt": "the cat", "label": True}], "index 2: column 'completion' is missing"),
     ],
     ids=["one sign", "number", "word", "one row", "no label", "no completion"],

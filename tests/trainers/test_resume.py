@@ -16,13 +16,19 @@ from trainers.tiny import (
     make_gpt2_with_dropout,
     make_llama,
     make_pairs,
+    make_rankings,
     make_rows,
     make_thumbs,
     make_tokenizer,
 )
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    EarlyStoppingCallback,
+    GPT2ForSequenceClassification,
+    TrainerCallback,
+)
 
-from alignfast import DPOTrainer, KTOTrainer, SFTTrainer
+from alignfast import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 from alignfast.trainers.checkpoint import DamagedCheckpoint
 from alignfast.trainers.interrupt import INTERRUPTED_EXIT_CODE, TrainingInterrupted
 from alignfast.trainers.metrics import read_metrics
@@ -43,6 +49,8 @@ CASES = {
     "dpo-precomputed": (DPOTrainer, make_pairs, dict(precompute_ref_log_probs=True)),
     "kto": (KTOTrainer, make_thumbs, {}),
     "kto-lora": (KTOTrainer, make_thumbs, dict(peft_config=LORA)),
+    "reward": (RewardTrainer, make_rankings, dict(num_heads=2)),
+    "reward-lora": (RewardTrainer, make_rankings, dict(peft_config=LORA)),
 }
 
 
@@ -56,8 +64,9 @@ class CountSteps(TrainerCallback):
 
 def make_trainer(case, folder, **options):
     trainer_class, make, extra = CASES[case]
+    heads = dict(kind=GPT2ForSequenceClassification, num_labels=extra.get("num_heads", 1))
     return trainer_class(
-        make_gpt2_with_dropout(), train_dataset=make(11), processing_class=make_tokenizer(),
+        make_gpt2_with_dropout(**(heads if trainer_class is RewardTrainer else {})), train_dataset=make(11), processing_class=make_tokenizer(),
         output_dir=str(folder), **{**RUN, **extra, **options},
     )  # fmt: skip
 

@@ -15,10 +15,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
-from trainers.tiny import make_llama, make_pairs, make_rows, make_thumbs, make_tokenizer
+from trainers.tiny import (
+    make_llama,
+    make_pairs,
+    make_rankings,
+    make_reward_llama,
+    make_rows,
+    make_thumbs,
+    make_tokenizer,
+)
 from transformers import TrainerCallback
 
-from alignfast import DPOTrainer, KTOTrainer, SFTTrainer
+from alignfast import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 from alignfast.trainers.interrupt import TrainingInterrupted
 from alignfast.trainers.state import whole
 
@@ -34,9 +42,12 @@ METHODS = {
     "kto": (KTOTrainer, {}),
     "kto-lora": (KTOTrainer, LORA),
     "kto-precomputed": (KTOTrainer, dict(precompute_ref_log_probs=True)),
+    # Steps of 1e-2 move rewards by more than their size: the ranks' roundings of 1e-7 would be 1e-6 two steps later
+    "reward": (RewardTrainer, dict(num_heads=3, center_rewards_coefficient=0.1, learning_rate=2e-3)),
+    "reward-lora": (RewardTrainer, LORA),
 }
-ROWS = {SFTTrainer: make_rows, DPOTrainer: make_pairs, KTOTrainer: make_thumbs}
-RESUMED = ("sft", "dpo-lora", "dpo-precomputed", "kto")
+ROWS = {SFTTrainer: make_rows, DPOTrainer: make_pairs, KTOTrainer: make_thumbs, RewardTrainer: make_rankings}
+RESUMED = ("sft", "dpo-lora", "dpo-precomputed", "kto", "reward")
 SHARDINGS = ("ddp", "fsdp")
 
 
@@ -63,13 +74,16 @@ def run(folder: Path, method: str, fsdp: bool, resume: bool = False) -> None:
     trainer_class, options = METHODS[method]
     make, keep = ROWS[trainer_class], KeepGradients()
     # in steps of 4: every other step has 3 rows, so that one of two ranks has a micro-batch less, or one, so that it has none
-    num_rows = 5 if method == "kto" else 7
+    num_rows = 5 if method in ("kto", "reward") else 7
+    model = make_llama(tie_word_embeddings=method == "sft-tied")
+    if trainer_class is RewardTrainer:
+        model = make_reward_llama(num_labels=options.get("num_heads", 1))
     trainer = trainer_class(
-        make_llama(tie_word_embeddings=method == "sft-tied"), train_dataset=make(num_rows), eval_dataset=make(5, 3),
+        model, train_dataset=make(num_rows), eval_dataset=make(5, 3),
         processing_class=make_tokenizer(), callbacks=[keep], output_dir=str(folder), report_to="none", fsdp=fsdp,
         per_device_train_batch_size=1, gradient_accumulation_steps=4 // int(os.environ.get("WORLD_SIZE", 1)),
-        max_steps=4, learning_rate=1e-2, adam_epsilon=1e-3, logging_steps=1, eval_steps=4, save_steps=2,
-        disable_tqdm=True, **options,
+        max_steps=4, adam_epsilon=1e-3, logging_steps=1, eval_steps=4, save_steps=2,
+        disable_tqdm=True, **{"learning_rate": 1e-2, **options},
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=str(folder / "checkpoints" / "step-2") if resume else None)
     assert fsdp == any(isinstance(p, DTensor) for p in trainer.module.parameters())
