@@ -81,3 +81,31 @@ def test_on_policy_inside_linear_loss() -> None:
     expected_TD = torch.autograd.grad((-logps_T * advantages_T).sum() / 9, leaf_TD)[0]
     assert metrics["max_ratio"] == 1
     torch.testing.assert_close(torch.autograd.grad(loss, leaf_TD)[0], expected_TD, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("name", "backend"), [("grpo", "native"), ("dapo", "torch"), ("sapo", "torch")])
+def test_a_step_compiles_into_one_graph(name: str, backend: str) -> None:
+    tokens, generator = Tokens([6, 3, 4]), torch.Generator().manual_seed(0)
+    leaves = [torch.randn(n, 8, generator=generator).requires_grad_() for n in (13, 20)]
+    targets_T = torch.randint(0, 20, (13,), generator=generator)
+    constants = tokens.tensors(tokens.logps_T)
+    options = {"beta": 0.1, "entropy_coef": 0.01, "num_items": 3, "loss_type": name, "backend": backend}
+
+    def loss_fn(stats: Any, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        part = {key: x_T[rows] for key, x_T in constants.items()}
+        loss_T, metrics = policy_loss(stats.logps, **part, **options, entropy_T=stats.entropy)
+        return loss_T.sum(), metrics
+
+    def step(hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return linear_loss(
+            hidden_TD, weight_VD, targets_T, loss_fn, stats=("logps", "entropy"), group_sizes=(6, 3, 4), chunk_rows=9
+        )  # fmt: skip
+
+    torch._dynamo.reset()
+    expected, actual = step(*leaves), torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves)
+    assert actual[0].item() == pytest.approx(expected[0].item(), rel=1e-6)
+    assert {k: v.item() for k, v in actual[1].items()} == pytest.approx(
+        {k: v.item() for k, v in expected[1].items()}
+    )
+    for one, other in zip(*(torch.autograd.grad(loss, leaves) for loss, _ in (actual, expected))):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
