@@ -24,7 +24,7 @@ from alignfast.kernels.token_logps import STATS, _Native, row_options
 
 ROOT = Path(__file__).resolve().parent.parent
 EVERY_ISA = [pytest.param(isa, id=isa, marks=pytest.mark.isa(isa)) for isa in _cpu.isas]
-EXP, TANH, TANH_SLOPE = range(3)
+EXP, TANH, TANH_SLOPE, EXP_ANYWHERE = range(4)
 
 
 def apply(function: int, x: Tensor) -> Tensor:
@@ -59,6 +59,17 @@ def test_exp(isa: str) -> None:
     x = torch.tensor([0.0, -0.0, -math.inf, -1e30, -200.0, math.nan])
     assert torch.equal(apply(EXP, x)[:5], torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0]))
     assert apply(EXP, x)[5].isnan()
+
+
+@pytest.mark.parametrize("isa", EVERY_ISA)
+def test_exp_anywhere(isa: str) -> None:
+    x = torch.linspace(-87.0, 88.7, 1_000_003)
+    assert ulps(apply(EXP_ANYWHERE, x), x.double().exp()).max() < 2.9
+    tiny = torch.linspace(-110.0, -87.0, 10_007)  # subnormals, counted in steps of 2^-149
+    assert (apply(EXP_ANYWHERE, tiny) - tiny.double().exp()).abs().max() < 2 * 2.0**-149
+    x = torch.tensor([0.0, 88.8, 1e4, math.inf, -1e4, -math.inf, math.nan])
+    assert apply(EXP_ANYWHERE, x)[:6].tolist() == [1.0, math.inf, math.inf, math.inf, 0.0, 0.0]
+    assert apply(EXP_ANYWHERE, x)[6].isnan()
 
 
 @pytest.mark.parametrize("isa", EVERY_ISA)

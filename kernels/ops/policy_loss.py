@@ -207,22 +207,21 @@ def _sequences(
 ) -> Sequences | None:
     """The tokens' sequences, where the loss wants to know them."""
     loss = LOSSES[options.loss_type]
+    wanted = loss.averages or options.by_sequence
     counted = loss.counts == "sequences" and num_items is None
     if seq_T is None:
-        if loss.averages or options.by_sequence or counted:
-            what = "num_items" if counted and not (loss.averages or options.by_sequence) else "seq_T"
-            raise ValueError(
-                f"{options.loss_type} averages over sequences; give {what}, or seq_T to count them"
-            )
+        if wanted or counted:
+            what = "seq_T" if wanted else "num_items, or seq_T to count them"
+            raise ValueError(f"{options.loss_type} averages over sequences; give {what}")
         return None
     if seq_T.dtype != torch.int64:
         raise ValueError(f"seq_T must be int64, got {seq_T.dtype}")
     if seq_T.device.type == "cpu" and not torch.compiler.is_compiling():
-        if len(seq_T.unique_consecutive()) != len(seq_T.unique()):
+        # numbers that never fall need no sorting to be checked
+        scattered = (seq_T.diff() < 0).any() and len(seq_T.unique_consecutive()) != len(seq_T.unique())
+        if scattered:
             raise ValueError(f"tokens of a sequence must lie end to end, got seq_T = {seq_T}")
-    if not (loss.averages or options.by_sequence or counted):
-        return None
-    return sequences_of(seq_T, mask_T)
+    return sequences_of(seq_T, mask_T) if wanted or counted else None
 
 
 def _scale(
@@ -300,6 +299,7 @@ class _Compiled(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.set_materialize_grads(False)  # else zeros are made for the outputs without a gradient
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(output[1])
 

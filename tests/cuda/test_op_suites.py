@@ -24,7 +24,7 @@ SUITES = {
     "test_preference_loss.py": ("native and not threads", 2),
     "test_packed_preference_loss.py": ("native and not threads", 10),
     "test_gae.py": ("native and not threads", 25),
-    "test_kl_penalty.py": ("native and not threads and not compiles", 40),
+    "test_kl_penalty.py": ("native and not threads and not compiles", 30),
     "test_policy_loss_backends.py": ("native and not threads and not compiles", 50),
     "test_packed_attention.py": ("native and not threads and not any_input and not (256 and parts)", 40),
 }

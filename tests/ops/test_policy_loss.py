@@ -1,21 +1,19 @@
-"""policy_loss: each loss against plain loops and TRL; relations, extreme values, refusals.
+"""policy_loss: each loss against a plain loop; relations, refusals.
 
-Letters: T tokens, B rows, L steps of a padded row.
+Letters: T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from ops.policies import COMPILED, Tokens, every_loss, needed, ragged
+from ops.policies import Tokens, every_loss, needed, ragged
 from torch import Tensor
 
-from alignfast.kernels import kl_penalty, linear_loss, policy_loss
+from alignfast.kernels import kl_penalty, policy_loss
 from alignfast.kernels._policy import LEVELS, LOSSES
 
 LENGTHS = [3, 7, 1, 5, 2]
@@ -166,104 +164,6 @@ def test_at_sequence_level_a_sequence_is_clipped_once() -> None:
     assert metrics["max_ratio"].item() == pytest.approx(math.exp(0.5))
 
 
-# --- TRL ---
-
-
-def trl_loss(tokens: Tokens, name: str, level: str, options: dict[str, Any], entropy: float) -> tuple:
-    """(loss, its gradient, metrics) by `GRPOTrainer._compute_loss` of the tokens as padded rows, called on a stand-in for the trainer."""
-    trainers = pytest.importorskip("trl.trainer.grpo_trainer")
-    logps = tokens.logps_T.requires_grad_()
-
-    def padded(x_T: Tensor) -> Tensor:
-        parts = [x_T.nan_to_num().split(tokens.lengths)[i] for i in range(len(tokens.lengths))]
-        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
-
-    mask_BL, logps_BL = padded(tokens.mask_T.double()), padded(logps)
-    B, L = mask_BL.shape
-    arguments = {"delta": None, "sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.25} | options
-    accelerator = SimpleNamespace(
-        num_processes=1, sync_gradients=False, gather=lambda x: x, reduce=lambda x, reduction: x
-    )
-    trainer = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *_, **__: (logps_BL, -logps_BL, None),
-        args=SimpleNamespace(steps_per_generation=1, **arguments),
-        model=SimpleNamespace(training=True),
-        accelerator=accelerator,
-        _metrics={"train": defaultdict(list)},
-        loss_type=name,
-        importance_sampling_level=level,
-        beta=arguments["beta"],
-        epsilon_low=0.2,
-        epsilon_high=arguments["epsilon_high"],
-        max_completion_length=50,
-        current_gradient_accumulation_steps=1,
-        top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
-        use_vllm=True,
-        vllm_importance_sampling_correction=True,
-        aux_loss_enabled=False,
-        use_adaptive_entropy=False,
-        _entropy_bonus_enabled=entropy != 0,
-        entropy_coef=entropy,
-    )
-    ones_BL = torch.ones(B, L, dtype=torch.int64)
-    inputs = {
-        "prompt_ids": ones_BL, "prompt_mask": ones_BL, "completion_ids": ones_BL, "completion_mask": mask_BL,
-        "advantages": padded(tokens.advantages_T), "old_per_token_logps": padded(tokens.old_T),
-        "ref_per_token_logps": padded(tokens.ref_T), "num_items_in_batch": mask_BL.sum(),
-        "importance_sampling_ratio": padded(torch.linspace(0.5, 2, len(logps), dtype=torch.float64)),
-    }  # fmt: skip
-    loss = trainers.GRPOTrainer._compute_loss(trainer, None, inputs)
-    return loss, torch.autograd.grad(loss, logps)[0], trainer._metrics["train"]
-
-
-VARIANTS = {name: ["plain", "kl", "corrected kl"] for name in LOSSES if name != "ppo"}
-for name in ("grpo", "bnpo", "dr_grpo", "dapo"):
-    VARIANTS[name].append("delta")
-for name in (
-    "bnpo",
-    "dapo",
-    "cispo",
-):  # for others TRL's entropy is averaged apart from the loss, ours as the loss
-    VARIANTS[name].append("entropy")
-
-
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize(("name", "variant"), [(name, v) for name in VARIANTS for v in VARIANTS[name]])
-def test_against_trl(name: str, variant: str, level: str) -> None:
-    """Loss, gradient and metrics of TRL 1.16 itself, where it is installed."""
-    tokens = Tokens([9, 30, 1, 16], torch.float64, spread=0.5)
-    tokens.mask_T[39] = True  # a row without a token is 0 / 0 in TRL's metrics
-    for x_T in (tokens.logps_T, tokens.old_T, tokens.ref_T, tokens.advantages_T):
-        x_T.nan_to_num_(-1.0)
-    options: dict[str, Any] = {"beta": 0.0, "use_bias_correction_kl": variant == "corrected kl"}
-    options |= {"epsilon_high": 1.5 if name == "cispo" else 0.28}
-    options |= {"delta": 1.6} if variant == "delta" else {"beta": 0.2 * (variant[-2:] == "kl")}
-    coef = 0.1 * (variant == "entropy")
-    expected, expected_T, theirs = trl_loss(tokens, name, level, options, coef)
-    if name == "sapo":  # 1.25: TRL rounds temperatures to float32
-        options = {key: options[key] for key in ("beta", "use_bias_correction_kl")} | {
-            "sapo_temperature_neg": 1.25
-        }
-    logps_T = tokens.logps_T.detach().requires_grad_()
-    weights_T = torch.linspace(0.5, 2, len(logps_T), dtype=torch.float64)
-    loss_T, metrics = tokens.call(
-        logps_T, name, "torch", importance_sampling_level=level, importance_weights_T=weights_T,
-        entropy_T=-logps_T, entropy_coef=coef, **options,
-    )  # fmt: skip
-    assert loss_T.sum().item() == pytest.approx(expected.item(), rel=1e-12)
-    (gradient_T,) = torch.autograd.grad(loss_T.sum(), logps_T)
-    assert torch.allclose(gradient_T, expected_T, rtol=1e-11, atol=1e-15)
-    counted = {"kl": "tokens", "entropy": "tokens"}
-    for metric in ("kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",
-                   "cispo_clip_ratio"):  # fmt: skip
-        assert (metric in metrics) == (metric in theirs)
-        if metric in metrics:
-            by_tokens = level == "token" or metric in counted
-            denominator = tokens.mask_T.sum() if by_tokens else len(tokens.lengths)
-            assert (metrics[metric] / denominator).item() == pytest.approx(theirs[metric][0], rel=1e-5)
-
-
 # --- relations ---
 
 
@@ -327,6 +227,39 @@ def test_importance_weights_weigh_the_policy_term_alone() -> None:
     assert torch.allclose(weighted_T, policy_T * weights_T + (both_T - policy_T), rtol=1e-12, atol=1e-16)
 
 
+@every_loss
+def test_entropy_is_averaged_as_the_loss(name: str) -> None:
+    """The bonus of each token over the normaliser that its policy term has, and so its gradient."""
+    tokens = Tokens(LENGTHS, torch.float64)
+    entropy_T = torch.rand(
+        18, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    ).requires_grad_()
+    plain_T, before = tokens.call(tokens.logps_T, name, "torch")
+    loss_T, metrics = tokens.call(tokens.logps_T, name, "torch", entropy_T=entropy_T, entropy_coef=0.3)
+    kept = int(tokens.mask_T.sum())
+    per_sequence_T = 5 * tokens.kept_lengths[tokens.seq_T]
+    normaliser_T = {"grpo": per_sequence_T, "sapo": per_sequence_T, "dr_grpo": 5 * 50}.get(name, kept)
+    weight_T = 0.3 * tokens.mask_T.double() / normaliser_T
+    assert torch.allclose(plain_T - loss_T, weight_T * entropy_T, rtol=1e-12, atol=1e-16)
+    assert torch.allclose(torch.autograd.grad(loss_T.sum(), entropy_T)[0], -weight_T, rtol=1e-12)
+    assert metrics.keys() - before.keys() == {"entropy"}
+
+
+def test_masked_tokens_of_a_sequence_with_an_infinite_ratio() -> None:
+    """Their KL of 0 is not multiplied by the sequence's ratio of inf."""
+    logps_T, mask_T = torch.tensor([1e4, 0.0, -1.0], requires_grad=True), torch.tensor([True, False, True])
+    zeros_T, seq_T = torch.zeros(3), torch.tensor([0, 0, 1])
+    loss_T, metrics = policy_loss(
+        logps_T, zeros_T, torch.ones(3), ref_logps_T=zeros_T, mask_T=mask_T, seq_T=seq_T, beta=0.1,
+        use_bias_correction_kl=True, importance_sampling_level="sequence", backend="torch",
+    )  # fmt: skip
+    (gradient_T,) = torch.autograd.grad(loss_T.sum(), logps_T)
+    assert loss_T[0] == metrics["max_ratio"] == math.inf
+    assert (loss_T[1], gradient_T[1]) == (0, 0)
+    assert loss_T[2].isfinite()
+    assert gradient_T[2].isfinite()
+
+
 def test_the_corrected_kl_follows_the_kl() -> None:
     """Expected over the old policy's tokens its gradient is that of KL(pi || ref); without the ratio it is not."""
     generator = torch.Generator().manual_seed(0)
@@ -344,76 +277,6 @@ def test_the_corrected_kl_follows_the_kl() -> None:
         follows.append(torch.autograd.grad((old_V.exp() * loss_V).sum(), logits_V, retain_graph=True)[0])
     assert torch.allclose(follows[0], wanted_V, atol=1e-14)
     assert not torch.allclose(follows[1], wanted_V, atol=1e-3)
-
-
-# --- inside linear_loss ---
-
-STEPS = [(name, "torch") for name in LOSSES] + [(name, "native") for name in COMPILED]
-
-
-@pytest.mark.parametrize(
-    "chunk_rows", [64, 20, 11], ids=["one chunk", "chunks", "sequences longer than a chunk"]
-)
-@pytest.mark.parametrize(("name", "backend"), STEPS)
-def test_a_whole_policy_step(name: str, chunk_rows: int, backend: str) -> None:
-    """Head and loss chunk by chunk equal the plain computation: loss, metrics, gradients of hidden states and head."""
-    dtype = torch.float64 if backend == "torch" else torch.float32
-    close = {"rtol": 1e-9, "atol": 1e-12} if backend == "torch" else {"rtol": 1e-4, "atol": 1e-6}
-    tokens, generator = Tokens([12, 4, 15, 1, 8], dtype), torch.Generator().manual_seed(1)
-    leaves = [torch.randn(n, 16, generator=generator).to(dtype).requires_grad_() for n in (40, 60)]
-    hidden_TD, weight_VD = leaves
-    targets_T = torch.randint(0, 60, (40,), generator=generator)
-    logps_TV = (hidden_TD @ weight_VD.T).log_softmax(1)
-    logps_T = logps_TV.gather(1, targets_T[:, None])[:, 0]
-    entropy_T = -(logps_TV.exp() * logps_TV).sum(1)
-    noise_T = 0.3 * torch.randn(2, 40, generator=generator)
-    tokens.old_T, tokens.ref_T = logps_T.detach() + noise_T[0], logps_T.detach() + noise_T[1]
-    num_items = 5 if LOSSES[name].counts == "sequences" else int(tokens.mask_T.sum())
-    options = needed(name) | {"beta": 0.1, "entropy_coef": 0.01, "num_items": num_items}
-    constants = tokens.tensors(logps_T)
-
-    def loss_fn(stats: Any, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
-        part = {key: x_T[rows] for key, x_T in constants.items()}
-        loss_T, metrics = policy_loss(
-            stats.logps, **part, **options, entropy_T=stats.entropy, loss_type=name, backend=backend
-        )
-        return loss_T.sum(), metrics
-
-    loss, metrics = linear_loss(
-        *leaves,
-        targets_T,
-        loss_fn,
-        stats=("logps", "entropy"),
-        group_sizes=tokens.lengths,
-        chunk_rows=chunk_rows,
-    )
-    plain_T, expected = policy_loss(
-        logps_T, **constants, **options, entropy_T=entropy_T, loss_type=name, backend="torch"
-    )
-    torch.testing.assert_close(loss, plain_T.sum(), **close)
-    assert metrics.keys() == expected.keys()
-    for key, value in metrics.items():
-        torch.testing.assert_close(value, expected[key], **close)
-    for actual, wanted in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(plain_T.sum(), leaves)):
-        torch.testing.assert_close(actual, wanted, **close)
-
-
-def test_on_policy_inside_linear_loss() -> None:
-    """The old log-probs may be the new ones, detached within the loss."""
-    hidden_TD, targets_T = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), torch.arange(9)
-    advantages_T = torch.linspace(-1, 1, 9)
-
-    def loss_fn(stats: Any, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
-        loss_T, metrics = policy_loss(stats.logps, stats.logps.detach(), advantages_T[rows], num_items=9)
-        return loss_T.sum(), metrics
-
-    leaf_TD = hidden_TD.requires_grad_()
-    weight_VD = torch.randn(9, 4, generator=torch.Generator().manual_seed(1))
-    loss, metrics = linear_loss(leaf_TD, weight_VD, targets_T, loss_fn, chunk_rows=4)
-    logps_T = (leaf_TD @ weight_VD.T).log_softmax(1).diagonal()
-    expected_TD = torch.autograd.grad((-logps_T * advantages_T).sum() / 9, leaf_TD)[0]
-    assert metrics["max_ratio"] == 1
-    torch.testing.assert_close(torch.autograd.grad(loss, leaf_TD)[0], expected_TD, rtol=1e-5, atol=1e-7)
 
 
 # --- refusals ---

@@ -180,15 +180,17 @@ def test_what_the_clip_removes_is_no_nan(backend: str, device: str, name: str) -
 @every_compiled_loss
 @on_every_backend
 def test_without_a_cap_the_ratio_of_a_bad_token_is_infinite(backend: str, device: str, name: str) -> None:
-    """The plain clip has no bound there: inf, as it is, and no NaN in its gradient."""
-    x_T = torch.tensor([1e4, 0.1], device=device, requires_grad=True)
+    """The plain clip has no bound there: inf, as it is, and no NaN in its gradient. No advantage, no loss."""
+    x_T = torch.tensor([1e4, 0.1, 1e4], device=device, requires_grad=True)
+    advantages_T = torch.tensor([-1.0, -1.0, 0.0], device=device)
     loss_T, metrics = policy_loss(
-        x_T, torch.zeros(2, device=device), -torch.ones(2, device=device), num_items=1, loss_type=name,
-        backend=backend, seq_T=torch.arange(2, device=device), **needed(name),
+        x_T, torch.zeros(3, device=device), advantages_T, num_items=1, loss_type=name, backend=backend,
+        seq_T=torch.arange(3, device=device), **needed(name),
     )  # fmt: skip
     (gradient_T,) = torch.autograd.grad(loss_T.sum(), x_T)
     assert loss_T[0] == gradient_T[0] == metrics["max_ratio"] == math.inf
     assert loss_T[1].isfinite()
+    assert loss_T[2] == gradient_T[2] == 0
 
 
 @pytest.mark.parametrize("spoilt", ["logps_T", "old_T", "ref_T", "advantages_T"])
