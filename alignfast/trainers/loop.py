@@ -16,27 +16,24 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from transformers.trainer_utils import TrainOutput
 
-from alignfast.data import Batch, Prepared, Rows, Tree, load_rows
+from alignfast.data import Batch, load_rows
 from alignfast.kernels._targets import bad_targets_seen
-from alignfast.models.load import load_policy, load_tokenizer
-from alignfast.models.trunk import Trunk
-from alignfast.trainers.batches import NO_DATA, Counts, Data, Share, join_data, pack_rows, share_out
+from alignfast.models.load import load_tokenizer
+from alignfast.trainers.batches import NO_DATA, Data, join_data, pack_rows, share_out
 from alignfast.trainers.config import TrainerConfig, one_of, resolve_config, resume_option
-from alignfast.trainers.estimate import describe_run
-from alignfast.trainers.held_out import evaluate_on
+from alignfast.trainers.hooks import Hooks
 from alignfast.trainers.interrupt import EvaluationStopped, NonFiniteError, StopRequest, TrainingInterrupted
 from alignfast.trainers.machine import keep_cpu_memory, make_accelerator, wrap
-from alignfast.trainers.metrics import Metrics
 from alignfast.trainers.model_card import model_card, push_folder
-from alignfast.trainers.plan import Plan, lay_out
+from alignfast.trainers.plan import lay_out
 from alignfast.trainers.progress import duration
 from alignfast.trainers.runlog import RunLog
 from alignfast.trainers.saving import find_checkpoint, load_best, load_checkpoint, note_best, save_checkpoint
@@ -46,7 +43,7 @@ from alignfast.trainers.update import Update, Updater
 MAX_SKIPPED_IN_A_ROW = 3
 
 
-class Trainer:
+class Trainer(Hooks):
     """What SFTTrainer, DPOTrainer and the others have in common.
 
     Args:
@@ -64,16 +61,11 @@ class Trainer:
         ModelRefused: the model can't be trained this way.
     """
 
-    config_class: ClassVar[type[TrainerConfig]]
-    formats: ClassVar[tuple[str, ...]]  # of rows that it trains on
-    forwards_beside = 0  # passes over a batch's tokens beside the trained one
-    args: Any  # a config_class
     module: Any  # a Trunk: the model with its log-probs, or with its rewards
     policy: Any  # the module as it is called: in DDP, FSDP2 or autocast; None before the first use
     state: TrainerState  # transformers', as its callbacks know it; so is control
     control: TrainerControl
     log: RunLog
-    plan: Plan
     updater: Updater
 
     def __init__(
@@ -115,35 +107,6 @@ class Trainer:
         self._reset()
         self.control = self.handler.on_init_end(self.args, self.state, self.control)
 
-    # What a trainer defines
-
-    def load(self, model: Any, peft_config: Any) -> Trunk:
-        """The module that is trained, from what the trainer was given."""
-        return load_policy(model, peft_config=peft_config, **self.args.loading)
-
-    def prepare(self, rows: Rows) -> Prepared:
-        """Rows to trees of tokens."""
-        raise NotImplementedError
-
-    def count(self, tree: Tree) -> Counts:
-        """What a tree adds to the counts by which loss and metrics are divided."""
-        raise NotImplementedError
-
-    def compute_loss(self, batch: Batch, counts: Counts, router_weight: float) -> tuple[Tensor, Metrics]:
-        """A batch's share of loss and metrics: sums over the batch, divided by `counts`, which are the whole step's."""
-        raise NotImplementedError
-
-    def before_step(self, data: Data, share: Share) -> None:
-        """What a loss must know of the whole step before its first micro-batch; called on all ranks, in evaluation too,
-        where the step is all rows."""
-
-    def after_evaluation(self, data: Data) -> dict[str, float]:
-        """Figures of an evaluation that are no sums over batches; called on all ranks."""
-        return {}
-
-    def before_training(self) -> None:
-        """What must happen while the model still is as it was given; called before it is wrapped or loaded."""
-
     # Training
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
@@ -169,7 +132,7 @@ class Trainer:
         if args.keep_cpu_memory and self.accelerator.device.type == "cpu":
             keep_cpu_memory()
         self._reset()
-        self.plan = lay_out(args, len(self.train_data.trees), self.accelerator.num_processes, self.state)
+        self.plan = lay_out(args, len(self.train_data.trees), *self.draw_size(), self.state)
         resume = resume_option(resume_from_checkpoint)
         resume = args.resume_from_checkpoint if resume is None else resume
         folder = find_checkpoint(self, resume) if resume else None
@@ -183,7 +146,7 @@ class Trainer:
             stack.enter_context(self.module.attached())
             stack.callback(self.module.train, mode)
             self.log.open(stack, self.plan.num_steps, self.state.global_step)
-            self.log.say(describe_run(self))
+            self.log.say(self.describe())
             if folder is not None:
                 self.log.say(f"going on from {folder}, after step {self.state.global_step}")
             return self._run()
@@ -231,7 +194,7 @@ class Trainer:
         figures = {
             "train_runtime": seconds,
             "train_steps_per_second": steps / seconds,
-            "train_samples_per_second": steps * self.plan.rows_per_step / seconds,
+            "train_samples_per_second": steps * self.plan.rows_per_step / self.plan.steps_per_draw / seconds,
             "train_loss": losses / max(1, taken),
         }
         self._tell(figures)
@@ -244,17 +207,17 @@ class Trainer:
     def _step(self) -> tuple[float, bool]:
         """One step: (its loss, whether a signal asked any rank to stop)."""
         began, args, accelerator = time.perf_counter(), self.args, self.accelerator
-        rows, max_rows = self.plan.rows(self.state.global_step), args.per_device_train_batch_size
-        share = share_out(self.train_data, rows, max_rows, args, accelerator, self.count)
+        data, rows = self.rows_of(self.state.global_step)
+        share = share_out(data, rows, args.per_device_train_batch_size, args, accelerator, self.count)
         loss_here = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         self.policy.train()
-        self.before_step(self.train_data, share)
+        self.before_step(data, share)
         for i, run in enumerate(share.runs):
             weight = float(i < share.num_real)
             # DDP adds up over ranks once a step; FSDP2 each time, or every rank would hold the whole gradient.
             apart = getattr(self.policy, "no_sync", nullcontext) if i + 1 < len(share.runs) else nullcontext
             with apart():
-                batch = self.pack(self.train_data, run)
+                batch = self.pack(data, run)
                 loss, metrics = self.compute_loss(batch, share.counts, weight / share.counts["batches"])
                 accelerator.backward(loss * (weight * accelerator.num_processes))
             self.log.meter.add({"loss": loss, **metrics}, counts=bool(weight))
@@ -336,7 +299,7 @@ class Trainer:
         metrics: dict[str, float] = {}
         for name, prepared in data.items():
             prefix = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"
-            metrics |= {prefix + key: value for key, value in evaluate_on(self, prepared).items()}
+            metrics |= {prefix + key: value for key, value in self.evaluate_on(prepared).items()}
         del self.all_data[known:]
         self._tell(metrics)
         self.control = self.handler.on_evaluate(self.args, self.state, self.control, metrics)

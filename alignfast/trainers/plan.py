@@ -17,11 +17,12 @@ class Plan:
 
     Attributes:
         num_rows: rows of the data set.
-        rows_per_step: rows of a full step over all ranks.
+        rows_per_step: rows of a full step over all ranks; of prompts, those that are sampled from at once.
         num_steps: steps of the whole run.
         seed: of the order.
         shuffled: otherwise rows come in their own order.
         drop_last: an epoch's last rows are left out where they fill no step.
+        steps_per_draw: steps that train on what was made of the same rows.
 
     >>> plan = Plan(num_rows=5, rows_per_step=2, num_steps=4, seed=0, shuffled=False, drop_last=False)
     >>> [plan.rows(step) for step in range(4)]
@@ -34,15 +35,17 @@ class Plan:
     seed: int
     shuffled: bool
     drop_last: bool
+    steps_per_draw: int = 1
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps of one pass over the rows, >= 1."""
-        return steps_per_epoch(self.num_rows, self.rows_per_step, self.drop_last)
+        return self.steps_per_draw * steps_per_epoch(self.num_rows, self.rows_per_step, self.drop_last)
 
     def rows(self, step: int) -> list[int]:
         """Rows of a step, counted from 0, over all ranks."""
         epoch, position = divmod(step, self.steps_per_epoch)
+        position //= self.steps_per_draw
         order = np.arange(self.num_rows)
         if self.shuffled:
             order = np.random.default_rng((self.seed, epoch)).permutation(self.num_rows)
@@ -73,10 +76,11 @@ def steps_per_epoch(num_rows: int, rows_per_step: int, drop_last: bool) -> int:
     return steps
 
 
-def lay_out(config: TrainerConfig, num_rows: int, num_ranks: int, state: TrainerState) -> Plan:
+def lay_out(
+    config: TrainerConfig, num_rows: int, rows_per_step: int, steps_per_draw: int, state: TrainerState
+) -> Plan:
     """The plan that a config asks for; `state` is told its length and the intervals of logs and saves."""
-    rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * num_ranks
-    per_epoch = steps_per_epoch(num_rows, rows_per_step, config.dataloader_drop_last)
+    per_epoch = steps_per_draw * steps_per_epoch(num_rows, rows_per_step, config.dataloader_drop_last)
     num_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * per_epoch)
     state.max_steps, state.num_train_epochs = num_steps, math.ceil(num_steps / per_epoch)
     state.logging_steps = steps_of(config.logging_steps, num_steps)
@@ -89,4 +93,5 @@ def lay_out(config: TrainerConfig, num_rows: int, num_ranks: int, state: Trainer
         seed=config.seed if config.data_seed is None else config.data_seed,
         shuffled=config.train_sampling_strategy == "random",
         drop_last=config.dataloader_drop_last,
+        steps_per_draw=steps_per_draw,
     )

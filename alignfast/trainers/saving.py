@@ -68,6 +68,7 @@ def save_checkpoint(trainer: Trainer, interrupted: bool = False) -> Path:
     progress = _progress(trainer, interrupted)
     if accelerator.is_main_process:
         write_json(temporary / STATE, progress)
+        trainer.save_more(temporary)
         (temporary / "config.yaml").write_text(trainer.args.to_yaml())
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -96,6 +97,7 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> None:
     load_optimizer(trainer.module, trainer.updater.optimizer, folder)
     trainer.updater.load(progress["updater"])
     trainer.log.load(progress["log"])
+    trainer.load_more(folder)
     state = TrainerState(**progress["state"])
     for name in _OF_THIS_PROCESS:
         setattr(state, name, getattr(trainer.state, name))

@@ -1,0 +1,231 @@
+"""What was sampled and what it is worth: drawn on all ranks, known to every rank, kept with the checkpoint.
+
+Each rank samples and scores its share of the prompts; then all ranks are told everything, so that the steps which train
+on it share it out like rows of a file. Samples are keyed by their numbers: how many ranks draw them changes nothing.
+
+Letters: N completions, F reward functions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from alignfast.data import PrepareReport, Tree
+from alignfast.rollout import Completion, RolloutEngine, Sampling
+from alignfast.trainers.batches import Data
+
+if TYPE_CHECKING:
+    from alignfast.rewards import RewardSet
+    from alignfast.trainers.loop import Trainer
+
+_FILE = "experience.safetensors"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A completion and its rewards.
+
+    Attributes:
+        group: which of the draw's prompts it continues.
+        completion: what the engine gave.
+        rewards: of each function, without weights; NaN where there is none.
+        reward: their weighted sum; NaN where there is none.
+    """
+
+    group: int
+    completion: Completion
+    rewards: tuple[float, ...]
+    reward: float
+
+
+@dataclass
+class Experience:
+    """Completions that steps train on; the i-th of each list belongs to the i-th completion.
+
+    Attributes:
+        trees: the prompt with the completion, each a tree of its own: packing shares the prompts again.
+        advantages: of each trained token.
+        old_logps: of each trained token under the policy that drew it.
+        more: further numbers of each trained token, by name: the reference's log-probs, values, weights.
+        metrics: of the draw, logged with each of its steps.
+    """
+
+    trees: list[Tree] = field(default_factory=list)
+    advantages: list[Tensor] = field(default_factory=list)
+    old_logps: list[Tensor] = field(default_factory=list)
+    more: dict[str, list[Tensor]] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def data(self) -> Data:
+        """The trees as rows of a step."""
+        return Data(self.trees, list(range(len(self.trees))), PrepareReport(), 0)
+
+    def gather(self, name: str, rows: Sequence[int], device: torch.device) -> Tensor | None:
+        """Numbers of the trained tokens of completions, end to end; None where there are none of that name."""
+        if name in ("advantages", "old_logps"):
+            of_rows = getattr(self, name)
+        elif name in self.more:
+            of_rows = self.more[name]
+        else:
+            return None
+        return torch.cat([of_rows[row] for row in rows]).to(device, non_blocking=True)
+
+    def save(self, folder: Path) -> None:
+        """Write a file of a checkpoint."""
+        tensors: dict[str, Tensor] = {
+            "prompts": _flat(tree.prompt for tree in self.trees),
+            "prompt_lengths": torch.tensor([len(tree.prompt) for tree in self.trees]),
+            "answers": _flat(tree.answers[0] for tree in self.trees),
+            "answer_lengths": torch.tensor([len(tree.answers[0]) for tree in self.trees]),
+            "trained": _flat(tree.trained[0] for tree in self.trees).bool(),
+            "advantages": torch.cat(self.advantages),
+            "old_logps": torch.cat(self.old_logps),
+            **{f"more.{name}": torch.cat(values) for name, values in self.more.items()},
+            **{
+                f"metric.{name}": torch.tensor(value, dtype=torch.float64)
+                for name, value in self.metrics.items()
+            },
+        }
+        save_file(tensors, folder / _FILE)
+
+    @classmethod
+    def load(cls, folder: Path) -> Experience:
+        """What `save` wrote; nothing where it wrote nothing."""
+        if not (folder / _FILE).exists():
+            return cls()
+        tensors = load_file(folder / _FILE)
+        lengths = tensors["answer_lengths"].tolist()
+        prompts = tensors["prompts"].split(tensors["prompt_lengths"].tolist())
+        answers, trained = tensors["answers"].split(lengths), tensors["trained"].split(lengths)
+        trees = [
+            Tree(tuple(prompt.tolist()), (tuple(answer.tolist()),), (tuple(mask.tolist()),))
+            for prompt, answer, mask in zip(prompts, answers, trained)
+        ]
+        sizes = [sum(tree.trained[0]) for tree in trees]
+        named = {name.partition(".")[::2]: tensor for name, tensor in tensors.items() if "." in name}
+        return cls(
+            trees,
+            list(tensors["advantages"].split(sizes)),
+            list(tensors["old_logps"].split(sizes)),
+            {name: list(tensor.split(sizes)) for (kind, name), tensor in named.items() if kind == "more"},
+            {name: tensor.item() for (kind, name), tensor in named.items() if kind == "metric"},
+        )
+
+
+def _flat(rows: Any) -> Tensor:
+    return torch.tensor([value for row in rows for value in row], dtype=torch.int64)
+
+
+def draw(
+    trainer: Trainer,
+    engine: RolloutEngine,
+    rewards: RewardSet,
+    prompts: Sequence[tuple[tuple[int, ...], dict[str, Any]]],
+    sampling: Sampling,
+    first_number: int,
+) -> tuple[list[Drawn], dict[str, float]]:
+    """Completions of prompts with their rewards, all of them on every rank; to be called on all ranks.
+
+    Args:
+        trainer: who asks.
+        engine: that samples.
+        rewards: that score.
+        prompts: tokens and row of each.
+        sampling: how to draw, n of each.
+        first_number: of the first completion's random numbers; the others follow it.
+
+    Returns:
+        The completions, those of a prompt next to each other; and the seconds that sampling and scoring took.
+
+    Raises:
+        RuntimeError: not one completion of the draw got a reward.
+    """
+    accelerator, n = trainer.accelerator, sampling.n
+    mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
+    numbers = [first_number + i * n + j for i in mine for j in range(n)]
+    began = time.perf_counter()
+    with accelerator.autocast():
+        found = engine.generate([list(prompts[i][0]) for i in mine], sampling, sequence_ids=numbers)
+    sampled = time.perf_counter()
+    completions = [completion for group in found for completion in group]
+    rows = [prompts[i][1] for i in mine for _ in range(n)]
+    texts = [_answer(row, completion) for row, completion in zip(rows, completions)]
+    scores = rewards.score(
+        [row["prompt"] for row in rows],
+        texts,
+        {name: [row.get(name) for row in rows] for name in (rows[0] if rows else {}) if name != "prompt"},
+        completion_ids=[list(completion.token_ids) for completion in completions],
+        trainer_state=trainer.state,
+    )
+    seconds = {"time/sampling": sampled - began, "time/rewards": time.perf_counter() - sampled}
+    if scores.failures:
+        trainer.log.warn(f"left out of training:\n{scores.summary()}")
+    drawn = [
+        (i, Drawn(i, completion, tuple(of_functions), reward))
+        for i, completion, of_functions, reward in zip(
+            [i for i in mine for _ in range(n)],
+            completions,
+            scores.per_function_NF.tolist(),
+            scores.rewards_N.tolist(),
+        )
+    ]
+    if accelerator.num_processes > 1:
+        drawn = gather_object(drawn)
+    everything = [of for _, of in sorted(drawn, key=lambda pair: pair[0])]
+    if everything and all(of.reward != of.reward for of in everything):
+        raise RuntimeError(
+            f"none of {len(everything)} completions got a reward from {', '.join(rewards.names)}: see what is said of them "
+            "above"
+        )
+    return everything, seconds
+
+
+def _answer(row: dict[str, Any], completion: Completion) -> Any:
+    """A completion as its prompt is: text, or messages."""
+    if isinstance(row["prompt"], str):
+        return completion.text
+    return [{"role": "assistant", "content": completion.text}]
+
+
+def describe(drawn: Sequence[Drawn], names: Sequence[str]) -> dict[str, float]:
+    """TRL's metrics of a draw."""
+    lengths = torch.tensor([float(len(of.completion.token_ids)) for of in drawn])
+    ended = torch.tensor([of.completion.finish_reason == "stop" for of in drawn])
+    rewards_N = torch.tensor([of.reward for of in drawn], dtype=torch.float64)
+    rewards_NF = torch.tensor([of.rewards for of in drawn], dtype=torch.float64)
+    ended_lengths = lengths[ended] if ended.any() else torch.zeros(1)
+    metrics = {
+        "reward": _mean(rewards_N),
+        "reward_std": _std(rewards_N),
+        "completions/mean_length": lengths.mean().item(),
+        "completions/min_length": lengths.min().item(),
+        "completions/max_length": lengths.max().item(),
+        "completions/clipped_ratio": 1 - ended.double().mean().item(),
+        "completions/mean_terminated_length": ended_lengths.mean().item(),
+        "completions/min_terminated_length": ended_lengths.min().item(),
+        "completions/max_terminated_length": ended_lengths.max().item(),
+        "unscored": rewards_N.isnan().double().mean().item(),
+    }
+    for f, name in enumerate(names):
+        metrics[f"rewards/{name}/mean"] = _mean(rewards_NF[:, f])
+        metrics[f"rewards/{name}/std"] = _std(rewards_NF[:, f])
+    return metrics
+
+
+def _mean(x_N: Tensor) -> float:
+    return x_N.nanmean().item() if not x_N.isnan().all() else 0.0
+
+
+def _std(x_N: Tensor) -> float:
+    known_N = x_N[~x_N.isnan()]
+    return known_N.std().item() if len(known_N) > 1 else 0.0

@@ -1,0 +1,326 @@
+"""What trainers share that learn from completions of their own: prompts, an engine, reward functions, and draws.
+
+    draw    completions of the next prompts, scored: one generation
+    steps   `steps_per_generation / gradient_accumulation_steps` steps, `num_iterations` times over, train on it
+
+A row of a step is a completion. What a draw is worth is the trainer's own affair: `appraise` makes the experience.
+
+Letters: N completions, F reward functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from alignfast.data import PROMPT_FORMATS, Batch, Prepared, PrepareReport, Rows, Tree, encode_prompts
+from alignfast.rewards import RewardSet, RunningNormaliser
+from alignfast.rollout import ENGINES, RolloutEngine, Sampling, make_engine
+from alignfast.trainers.batches import Counts, Data, Share, num_predictions
+from alignfast.trainers.config import TrainerConfig, config
+from alignfast.trainers.experience import Drawn, Experience, describe, draw
+from alignfast.trainers.loop import Trainer
+from alignfast.trainers.reference import FrozenModel, ReferenceOptions, make_reference
+from alignfast.trainers.state import read_json, write_json
+
+EVALUATION = 1 << 60  # where the numbers of held-out samples begin
+A_DRAW = 1 << 24  # numbers of one draw's samples, those of its further rounds included
+_NORMALISER = "reward_normaliser.json"
+
+
+@config
+class OnPolicyConfig(TrainerConfig):
+    """Options of trainers that sample."""
+
+    learning_rate: float = 1e-6
+    """AdamW's step size at its highest."""
+    max_length: int | None = None
+    """None: prompts are never cut."""
+    disable_dropout: bool = False
+    """Set every dropout of the model to 0."""
+    max_completion_length: int = 512
+    """A completion ends here at the latest."""
+    temperature: float = 1.0
+    """Of the samples, > 0; log-probs are of the same temperature."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that hold this probability."""
+    top_k: int = 0
+    """Sample among so many likeliest tokens; 0 among all."""
+    min_p: float = 0.0
+    """Sample among tokens at least this share as likely as the likeliest. (TRL: None for 0.)"""
+    stop: list[str] | None = None
+    """Texts that end a completion, as the end token does."""
+    engine: str = "native"
+    """What samples: `native`, or `transformers` for a model that can't be packed."""
+    steps_per_generation: int | None = None
+    """Micro-batches of a draw; None is gradient_accumulation_steps, of which it is a multiple."""
+    num_iterations: int = 1
+    """Passes over each draw, >= 1."""
+    beta: float = 0.0
+    """Weight of the KL to the model as it was before training; 0 needs no reference."""
+    reward_weights: list[float] | None = None
+    """A factor for each reward function; None is 1 for each."""
+    reward_normalization_decay: float | None = None
+    """Put each reward function on mean 0 and deviation 1 of its recent past, in [0, 1): for feedback that drifts."""
+    mask_truncated_completions: bool = False
+    """Completions that were cut carry no loss."""
+    reward_timeout: float = 300.0
+    """Seconds that a reward function may take."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.max_length is None, "max_length", "None: prompts are never cut")
+        for name in ("num_iterations", "max_completion_length"):
+            self._require(getattr(self, name) >= 1, name, "at least 1")
+        self._require(self.temperature > 0, "temperature", "above 0")
+        self._choose("engine", *ENGINES)
+        accumulated = self.gradient_accumulation_steps
+        self._require(
+            self.micro_batches_per_draw % accumulated == 0,
+            "steps_per_generation",
+            f"a multiple of {accumulated}, the accumulation steps",
+        )
+        self.sampling(1)
+        if self.reward_normalization_decay is not None:
+            RunningNormaliser(self.reward_normalization_decay)
+
+    @property
+    def micro_batches_per_draw(self) -> int:
+        """`steps_per_generation` with its default."""
+        return self.steps_per_generation or self.gradient_accumulation_steps
+
+    def sampling(self, n: int) -> Sampling:
+        """How completions are drawn."""
+        return Sampling(
+            n=n, max_new_tokens=self.max_completion_length, temperature=self.temperature, top_p=self.top_p,
+            top_k=self.top_k, min_p=self.min_p, stop=tuple(self.stop or ()),
+            seed=self.seed if self.data_seed is None else self.data_seed,
+        )  # fmt: skip
+
+
+class OnPolicyTrainer(Trainer):
+    """What GRPOTrainer and PPOTrainer have in common."""
+
+    args: OnPolicyConfig
+    formats = PROMPT_FORMATS
+    engine: RolloutEngine
+    completions_of_each = 1  # prompt
+
+    def __init__(self, model: Any, reward_funcs: Any, *args: Any, **rest: Any) -> None:
+        self.reward_funcs = reward_funcs
+        self.scorers: RewardSet | None = None
+        self.items: list[dict[str, Any]] = []  # the rows of all data, by their numbers
+        self.experience, self.drawn_at = Experience(), -1
+        super().__init__(model, *args, **rest)
+        decay = self.args.reward_normalization_decay
+        self.normaliser = None if decay is None else RunningNormaliser(decay)
+        self.draw_size()  # tells sizes that do not fit
+
+    @property
+    def rewards(self) -> RewardSet:
+        """The reward functions, looked up before any row is read."""
+        if self.scorers is None:
+            self.scorers = RewardSet(
+                self.reward_funcs, self.args.reward_weights, timeout=self.args.reward_timeout
+            )
+        return self.scorers
+
+    # What such a trainer defines
+
+    def appraise(self, drawn: list[Drawn], metrics: dict[str, float]) -> Experience:
+        """What steps train on: completions with their advantages. To be called on all ranks."""
+        raise NotImplementedError
+
+    # What the loop asks for
+
+    def prepare(self, rows: Rows) -> Prepared:
+        """Prompts, each as a text that carries no loss."""
+        self.rewards.check(rows.columns, conversational=rows.conversational)
+        prompts = encode_prompts(rows, self.processing_class)
+        room = (
+            None if self.module.positions is None else self.module.positions - self.args.max_completion_length
+        )
+        for index, ids in enumerate(prompts):
+            if not ids:
+                raise ValueError(f"{rows.where(index)}: the prompt has no token to start from")
+            if room is not None and len(ids) > room:
+                raise ValueError(
+                    f"{rows.where(index)}: the prompt has {len(ids)} tokens, and the model's {self.module.positions} "
+                    f"positions less max_completion_length={self.args.max_completion_length} leave {room}"
+                )
+        del self.items[sum(len(data.trees) for data in self.all_data) :]
+        self.items += rows.items
+        trees = [Tree((), (tuple(ids),), ((False,) * len(ids),)) for ids in prompts]
+        tokens = sum(map(len, prompts))
+        report = PrepareReport(
+            rows=len(trees),
+            tokens=tokens,
+            tokens_shared=tokens,
+            largest_token_id=max(map(max, prompts), default=-1),
+        )
+        return Prepared(trees, report, list(range(len(trees))))
+
+    def draw_size(self) -> tuple[int, int]:
+        """Prompts of a draw, and the steps that train on it."""
+        args, ranks, n = self.args, self.accelerator.num_processes, self.completions_of_each
+        rows = args.per_device_train_batch_size * args.micro_batches_per_draw * ranks
+        steps = args.micro_batches_per_draw // args.gradient_accumulation_steps
+        if rows % n or rows // n % steps:
+            raise ValueError(
+                f"a draw of {rows} completions (per_device_train_batch_size x steps_per_generation x ranks) for {steps} steps "
+                f"does not divide into groups of {n} completions of a prompt: change one of them"
+            )
+        return rows // n, steps * args.num_iterations
+
+    @property
+    def completions_in_evaluation(self) -> int:
+        """Completions of each held-out prompt."""
+        return 1
+
+    @property
+    def modules_in_memory(self) -> list[nn.Module]:
+        """The policy, and the reference where it is a second model."""
+        return [self.module, *([self.reference.policy] if isinstance(self.reference, FrozenModel) else [])]
+
+    def describe(self) -> str:
+        """What is said before the first step."""
+        args, plan = self.args, self.plan
+        return (
+            f"{plan.num_rows:,} prompts; {plan.num_steps:,} steps, {plan.steps_per_draw} on each draw of "
+            f"{plan.rows_per_step * self.completions_of_each:,} completions ({self.completions_of_each} of each prompt, up to "
+            f"{args.max_completion_length} tokens) by the {self.engine.name} engine"
+        )
+
+    def before_training(self) -> None:
+        """Take the reference while the model still is it, and make the engine."""
+        args = self.args
+        if args.fsdp:
+            raise ValueError(
+                "fsdp shards the weights that the engine samples with: leave it out, or use LoRA"
+            )
+        options = ReferenceOptions(needed=args.beta > 0, temperature=args.temperature)
+        self.reference: Any = make_reference(self, None, options)
+        self.engine = make_engine(args.engine, self.module, self.processing_class)
+
+    # Drawing
+
+    def rows_of(self, step: int) -> tuple[Data, list[int]]:
+        """The completions of a step, drawn where it is the first of a draw."""
+        number, place = divmod(step, self.plan.steps_per_draw)
+        if number != self.drawn_at:
+            self.experience, self.drawn_at = self.collect(number), number
+        steps = self.plan.steps_per_draw // self.args.num_iterations
+        size = len(self.experience.trees) // steps
+        rows = range(place % steps * size, (place % steps + 1) * size)
+        trees = self.experience.trees
+        self.step_counts = {
+            "tokens": sum(sum(num_predictions(trees[row])) for row in rows),
+            "sequences": size,
+        }
+        kept = [row for row in rows if self._teaches(row)] or [rows[0]]
+        return self.experience.data, _whole_on_ranks(kept, self.accelerator.num_processes)
+
+    def _teaches(self, row: int) -> bool:
+        """Whether a completion has a gradient."""
+        return True
+
+    def collect(self, number: int) -> Experience:
+        """Draw completions, and say what each is worth."""
+        drawn, metrics = self.sample(self.plan.rows(number * self.plan.steps_per_draw), number * A_DRAW)
+        return self.appraise(drawn, {**metrics, **describe(drawn, self.rewards.names)})
+
+    def sample(self, rows: list[int], first_number: int) -> tuple[list[Drawn], dict[str, float]]:
+        """Completions of rows of the training data with their rewards, and the seconds that it took."""
+        prompts = [
+            (self.train_data.trees[row].answers[0], self.items[self.train_data.first + row]) for row in rows
+        ]
+        sampling = self.args.sampling(self.completions_of_each)
+        return draw(self, self.engine, self.rewards, prompts, sampling, first_number)
+
+    def rewards_of(self, drawn: list[Drawn]) -> tuple[Tensor, Tensor]:
+        """(rewards_NF, their weighted sums), on the scale of the recent past where that is asked for; NaN for none."""
+        rewards_NF = torch.tensor([of.rewards for of in drawn], dtype=torch.float64)
+        rewards_N = torch.tensor([of.reward for of in drawn], dtype=torch.float64)
+        if self.normaliser is not None:
+            rewards_NF = self.normaliser.normalise(rewards_NF, self.rewards.names)
+            weights_F = torch.tensor(self.rewards.weights, dtype=torch.float64)
+            rewards_N = (rewards_NF * weights_F).nansum(1).masked_fill(rewards_N.isnan(), torch.nan)
+        return rewards_NF, rewards_N
+
+    def trees_of(self, drawn: list[Drawn], metrics: dict[str, float]) -> Experience:
+        """Completions with their log-probs when they were drawn, and the reference's where it is asked."""
+        experience = Experience(metrics=metrics)
+        for of in drawn:
+            completion = of.completion
+            cut = self.args.mask_truncated_completions and completion.finish_reason == "length"
+            mask = tuple(wrote and not cut for wrote in completion.mask)
+            experience.trees.append(Tree(completion.prompt_ids, (completion.token_ids,), (mask,)))
+            logps = [logp for logp, trained in zip(completion.logps, mask) if trained]
+            experience.old_logps.append(torch.tensor(logps))
+        if self.args.beta:
+            experience.more["ref_logps"] = self.of_tokens(experience, self.reference.token_logps)
+        return experience
+
+    def of_tokens(self, experience: Experience, measure: Callable[[Batch], Tensor]) -> list[Tensor]:
+        """What a forward pass says of each trained token, on every rank; each computes a share of the completions."""
+        accelerator, size = self.accelerator, self.args.per_device_train_batch_size
+        mine = list(range(len(experience.trees)))[accelerator.process_index :: accelerator.num_processes]
+        found: list[tuple[int, Tensor]] = []
+        for first in range(0, len(mine), size):
+            batch = self.pack(experience.data, mine[first : first + size])
+            found += zip(batch.rows, measure(batch).float().cpu().split(batch.lengths))
+        if accelerator.num_processes > 1:
+            found = gather_object(found)
+        return [of for _, of in sorted(found, key=lambda pair: pair[0])]
+
+    def count(self, tree: Tree) -> Counts:
+        """Tokens that carry loss; the step's own counts are those of all that was drawn for it."""
+        return {"trained": sum(num_predictions(tree))}
+
+    def before_step(self, data: Data, share: Share) -> None:
+        """The draw's metrics, with each of its steps."""
+        ranks = self.accelerator.num_processes
+        self.log.meter.add(
+            {name: torch.tensor(value / ranks) for name, value in self.experience.metrics.items()}
+        )
+
+    # Evaluation and checkpoints
+
+    def evaluate_on(self, data: Data) -> dict[str, float]:
+        """Rewards of completions of held-out prompts; the same random numbers each time."""
+        prompts = [(tree.answers[0], self.items[data.first + i]) for i, tree in enumerate(data.trees)]
+        sampling = self.args.sampling(self.completions_in_evaluation)
+        drawn, _ = draw(self, self.engine, self.rewards, prompts, sampling, EVALUATION)
+        return describe(drawn, self.rewards.names)
+
+    def save_more(self, folder: Path) -> None:
+        """The draw that steps are in the middle of."""
+        if self.experience.trees:
+            self.experience.save(folder)
+        if self.normaliser is not None:
+            write_json(folder / _NORMALISER, self.normaliser.state_dict())
+
+    def load_more(self, folder: Path) -> None:
+        """Go on in the middle of a draw."""
+        if self.normaliser is not None:
+            self.normaliser.load_state_dict(read_json(folder / _NORMALISER))
+        self.experience = Experience.load(folder)
+        self.drawn_at = (
+            (self.state.global_step - 1) // self.plan.steps_per_draw if self.experience.trees else -1
+        )
+
+
+def _whole_on_ranks(rows: list[int], ranks: int) -> list[int]:
+    """Rows in such an order that every rank, which takes each ranks-th one, has neighbours: groups share a prompt.
+
+    >>> _whole_on_ranks([0, 1, 2, 3, 4], 2)
+    [0, 3, 1, 4, 2]
+    """
+    share = -(-len(rows) // ranks)
+    blocks = [rows[r * share : (r + 1) * share] for r in range(ranks)]
+    return [block[i] for i in range(share) for block in blocks if i < len(block)]
