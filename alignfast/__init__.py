@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from alignfast.trainers.dpo import DPOConfig, DPOTrainer
+    from alignfast.trainers.grpo import GRPOConfig, GRPOTrainer
     from alignfast.trainers.kto import KTOConfig, KTOTrainer
     from alignfast.trainers.reward import RewardConfig, RewardTrainer
     from alignfast.trainers.sft import SFTConfig, SFTTrainer
@@ -15,6 +16,8 @@ __version__ = "0.1.0"
 __all__ = [
     "DPOConfig",
     "DPOTrainer",
+    "GRPOConfig",
+    "GRPOTrainer",
     "KTOConfig",
     "KTOTrainer",
     "RewardConfig",
@@ -28,6 +31,8 @@ __all__ = [
 _HOMES = {
     "DPOConfig": "alignfast.trainers.dpo",
     "DPOTrainer": "alignfast.trainers.dpo",
+    "GRPOConfig": "alignfast.trainers.grpo",
+    "GRPOTrainer": "alignfast.trainers.grpo",
     "KTOConfig": "alignfast.trainers.kto",
     "KTOTrainer": "alignfast.trainers.kto",
     "RewardConfig": "alignfast.trainers.reward",
