@@ -139,11 +139,12 @@ class RewardModel(Trunk):
         return getattr(self.base, HEAD)
 
     def _rewards(self, hidden_SD: Tensor) -> Tensor:
-        # Under autocast a reward would keep three digits.
+        weight_HD, bias_H = weight_and_bias(self._head)
+        # In 16 bits, also under autocast, a reward would keep three digits.
+        dtype = torch.promote_types(weight_HD.dtype, torch.float32)
         with torch.autocast(hidden_SD.device.type, enabled=False):
-            weight_HD, bias_H = weight_and_bias(self._head)
-            rewards_SH = nn.functional.linear(hidden_SD.to(weight_HD.dtype), weight_HD, bias_H)
-        return rewards_SH if rewards_SH.dtype == torch.float64 else rewards_SH.float()
+            bias_H = None if bias_H is None else bias_H.to(dtype)
+            return nn.functional.linear(hidden_SD.to(dtype), weight_HD.to(dtype), bias_H)
 
     def _probe_of(self, hidden_ND: Tensor) -> Tensor:
         return hidden_ND

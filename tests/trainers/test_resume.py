@@ -164,6 +164,17 @@ def test_other_rows_of_the_same_number_are_refused(tmp_path):
         trainer.train(resume_from_checkpoint=True)
 
 
+def test_other_labels_of_the_same_rows_are_refused(tmp_path):
+    make_trainer("kto", tmp_path, max_steps=2).train()
+    turned = [{**row, "label": not row["label"]} for row in make_thumbs(11)]
+    trainer = KTOTrainer(
+        make_gpt2_with_dropout(), train_dataset=turned, processing_class=make_tokenizer(), output_dir=str(tmp_path),
+        **{**RUN, "max_steps": 2},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="another run: its data is"):
+        trainer.train(resume_from_checkpoint=True)
+
+
 def test_a_path_object_means_that_checkpoint(tmp_path):
     make_trainer("sft", tmp_path, max_steps=4, save_steps=2).train()
     trainer = make_trainer("sft", tmp_path, max_steps=4, save_steps=2)
