@@ -24,7 +24,13 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     make_llama().save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     pairs = [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in make_pairs(16)]
-    for name, rows in (("pairs", pairs), ("texts", make_rows(16)), ("thumbs", make_thumbs(16))):
+    tasks = [{"prompt": row["prompt"], "answer": "the"} for row in make_rows(16)]
+    for name, rows in (
+        ("pairs", pairs),
+        ("texts", make_rows(16)),
+        ("thumbs", make_thumbs(16)),
+        ("tasks", tasks),
+    ):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -33,7 +39,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes(recipe: str, workplace: Path) -> None:
     method = recipe.split("_")[0]
-    data = {"sft": "texts.jsonl", "kto": "thumbs.jsonl"}.get(method, "pairs.jsonl")
+    data = {"sft": "texts.jsonl", "kto": "thumbs.jsonl", "grpo": "tasks.jsonl"}.get(method, "pairs.jsonl")
     words = [
         method,
         "--config",
@@ -43,6 +49,15 @@ def test_recipes(recipe: str, workplace: Path) -> None:
         "--train_dataset",
         data,
     ]
+    if method == "grpo":
+        words += [
+            "--reward_funcs",
+            "exact",
+            "--max_completion_length",
+            "8",
+            "--gradient_accumulation_steps",
+            "1",
+        ]
     assert main([*words, "--max_steps", "2", "--use_cpu"]) == 0
     output = workplace / yaml.safe_load(RECIPES[recipe])["output_dir"]
     assert (output / "report.html").is_file()

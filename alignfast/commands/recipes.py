@@ -134,6 +134,40 @@ save_total_limit: 2
 seed: 42
 """
 
+_GRPO = """\
+# Group relative policy optimisation: alignfast grpo --config grpo.yaml
+# Any option can be given on the command line as well: --num_generations 16. `alignfast grpo --help` lists all.
+
+model: YOUR_MODEL                  # a folder, or a name on the hub; best one that solves some of the tasks already
+train_dataset: YOUR_TASKS.jsonl    # rows of {"prompt", ...}; the other columns go to the reward functions
+# eval_dataset: HELD_OUT.jsonl     # answered and scored every eval_steps and at the end
+reward_funcs: numeric              # the number that an answer ends with, against the column `answer`; or a reward
+                                   # model's folder, or my_module:my_function
+output_dir: grpo_output
+
+num_generations: 8                 # answers to each prompt, which are compared
+max_completion_length: 256
+temperature: 1.0
+loss_type: dapo                    # or grpo, dr_grpo, cispo, sapo
+beta: 0.0                          # weight of the KL to the model as it was; 0 needs no reference
+mask_truncated_completions: true   # an answer that was cut teaches nothing
+
+# A step is per_device_train_batch_size x gradient_accumulation_steps answers on each GPU.
+per_device_train_batch_size: 8
+gradient_accumulation_steps: 8
+max_steps: 200
+learning_rate: 1.0e-6
+lr_scheduler_type: constant_with_warmup
+warmup_steps: 5
+
+gradient_checkpointing: true
+logging_steps: 1
+# eval_steps: 25
+save_steps: 50
+save_total_limit: 2
+seed: 42
+"""
+
 _REFERENCE = """\
 precompute_ref_log_probs: true     # the reference is run once, beforehand: no second model in memory
 """
@@ -155,4 +189,5 @@ RECIPES = {
     + _LORA
     + _DPO_TAIL.format(rate="1.0e-5"),
     "kto": _KTO,
+    "grpo": _GRPO,
 }

@@ -1,4 +1,4 @@
-"""`alignfast sft | reward | dpo | kto`: train, save, report."""
+"""`alignfast sft | reward | dpo | kto | grpo`: train, save, report."""
 
 from __future__ import annotations
 
@@ -84,8 +84,23 @@ class ReferenceOptions:
     """Folder or hub name of the reference; unless given, the model as it was before training."""
 
 
-_TRAINERS = {"sft": "SFTTrainer", "reward": "RewardTrainer", "dpo": "DPOTrainer", "kto": "KTOTrainer"}
-_WITH_REFERENCE = ("dpo", "kto")
+@dataclass(frozen=True)
+class FeedbackOptions:
+    """What scores the completions of trainers that sample."""
+
+    reward_funcs: str | list[str] | None = None
+    """Reward functions: `numeric` (the number that a completion ends with, against column `answer`), `exact`, `format`,
+    `regex:PATTERN`, an import path `package.module:function`, or a reward model's folder. Must be given."""
+
+
+_TRAINERS = {
+    "sft": "SFTTrainer",
+    "reward": "RewardTrainer",
+    "dpo": "DPOTrainer",
+    "kto": "KTOTrainer",
+    "grpo": "GRPOTrainer",
+}
+_MORE_OPTIONS = {"dpo": ReferenceOptions, "kto": ReferenceOptions, "grpo": FeedbackOptions}
 
 
 def run(command: str, argv: Sequence[str]) -> None:
@@ -93,12 +108,14 @@ def run(command: str, argv: Sequence[str]) -> None:
     trainer_class = getattr(alignfast, _TRAINERS[command])
     classes = [
         RunOptions,
-        *([ReferenceOptions] if command in _WITH_REFERENCE else []),
+        *([_MORE_OPTIONS[command]] if command in _MORE_OPTIONS else []),
         trainer_class.config_class,
     ]
-    run_options, *reference, config = parse_options(command, argv, *classes)
+    run_options, *more, config = parse_options(command, argv, *classes)
+    if more and getattr(more[0], "reward_funcs", ()) is None:
+        raise UsageError("give --reward_funcs")
     parts = _parts(run_options)
-    trainer: Trainer = trainer_class(args=config, **parts, **(asdict(reference[0]) if reference else {}))
+    trainer: Trainer = trainer_class(args=config, **parts, **(asdict(more[0]) if more else {}))
     source = parts["eval_dataset"] or parts["train_dataset"]
     if command == "reward" and run_options.sample_prompts:
         raise UsageError("sample_prompts is for models that write; a reward model has no samples")

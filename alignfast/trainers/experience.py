@@ -167,7 +167,7 @@ def draw(
         completion_ids=[list(completion.token_ids) for completion in completions],
         trainer_state=trainer.state,
     )
-    seconds = {"time/sampling": sampled - began, "time/rewards": time.perf_counter() - sampled}
+    seconds = {"seconds/sampling": sampled - began, "seconds/rewards": time.perf_counter() - sampled}
     if scores.failures:
         trainer.log.warn(f"left out of training:\n{scores.summary()}")
     drawn = [

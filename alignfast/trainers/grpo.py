@@ -193,7 +193,7 @@ class GRPOTrainer(OnPolicyTrainer):
             router_weight=router_weight,
             temperature=args.temperature,
         )
-        return loss, means(sums, policy_counts(list(sums), tokens, sequences, level))
+        return loss, means(sums, policy_counts(list(sums), counts["trained"], counts["sequences"], level))
 
 
 def _is_flat(rewards: list[float]) -> bool:

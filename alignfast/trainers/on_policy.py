@@ -279,8 +279,9 @@ class OnPolicyTrainer(Trainer):
         return [of for _, of in sorted(found, key=lambda pair: pair[0])]
 
     def count(self, tree: Tree) -> Counts:
-        """Tokens that carry loss; the step's own counts are those of all that was drawn for it."""
-        return {"trained": sum(num_predictions(tree))}
+        """Completions that are computed, and their tokens that carry loss: what metrics are means over. The loss is divided
+        by the counts of all that was drawn for the step, also of what has no gradient and is left out."""
+        return {"sequences": 1, "trained": sum(num_predictions(tree))}
 
     def before_step(self, data: Data, share: Share) -> None:
         """The draw's metrics, with each of its steps."""

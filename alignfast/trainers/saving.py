@@ -97,7 +97,6 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> None:
     load_optimizer(trainer.module, trainer.updater.optimizer, folder)
     trainer.updater.load(progress["updater"])
     trainer.log.load(progress["log"])
-    trainer.load_more(folder)
     state = TrainerState(**progress["state"])
     for name in _OF_THIS_PROCESS:
         setattr(state, name, getattr(trainer.state, name))
@@ -111,6 +110,7 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> None:
         saved = progress["callbacks"].get(type(callback).__name__)
         if isinstance(callback, ExportableState) and saved is not None:
             vars(callback).update(saved["attributes"])
+    trainer.load_more(folder)
     load_rng(folder, trainer.accelerator.process_index)
 
 

@@ -43,8 +43,7 @@ def read(runs: Path, sharding: str, method: str, what: str, suffix: str = ""):
     return load_file(folder / f"{what}{suffix}.safetensors")
 
 
-@pytest.mark.parametrize("sharding", two_ranks.SHARDINGS)
-@pytest.mark.parametrize("method", two_ranks.METHODS)
+@pytest.mark.parametrize(("method", "sharding"), two_ranks.CASES)
 def test_two_ranks_equal_one(runs, sharding, method):
     one, two = read(runs, "one", method, "log"), read(runs, sharding, method, "log")
     assert [row["step"] for row in one] == [row["step"] for row in two]
@@ -62,8 +61,9 @@ def test_two_ranks_equal_one(runs, sharding, method):
     assert all((one[name] - two[name]).abs().max() <= TOLERANCE for name in one)
 
 
-@pytest.mark.parametrize("sharding", two_ranks.SHARDINGS)
-@pytest.mark.parametrize("method", two_ranks.RESUMED)
+@pytest.mark.parametrize(
+    ("method", "sharding"), [case for case in two_ranks.CASES if case[0] in two_ranks.RESUMED]
+)
 def test_resumed_ranks_equal_uninterrupted(runs, sharding, method):
     assert len(read(runs, sharding, method, "gradients", "-resumed")) == 2  # it ran steps 3 and 4 alone
     whole, resumed = (

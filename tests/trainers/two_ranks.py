@@ -26,9 +26,16 @@ from trainers.tiny import (
 )
 from transformers import TrainerCallback
 
-from alignfast import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
+from alignfast import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 from alignfast.trainers.interrupt import TrainingInterrupted
 from alignfast.trainers.state import whole
+
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def num_words(completions, **columns):
+    return [float(len(text.split())) for text in completions]
+
 
 LORA = dict(peft_config=dict(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"]))
 METHODS = {
@@ -45,10 +52,19 @@ METHODS = {
     # Steps of 1e-2 move rewards by more than their size: the ranks' roundings of 1e-7 would be 1e-6 two steps later
     "reward": (RewardTrainer, dict(num_heads=3, center_rewards_coefficient=0.1, learning_rate=2e-3)),
     "reward-lora": (RewardTrainer, LORA),
+    "grpo": (GRPOTrainer, dict(reward_funcs=num_words, max_completion_length=6, num_generations=2, beta=0.1)),
 }
-ROWS = {SFTTrainer: make_rows, DPOTrainer: make_pairs, KTOTrainer: make_thumbs, RewardTrainer: make_rankings}
-RESUMED = ("sft", "dpo-lora", "dpo-precomputed", "kto", "reward")
+ON_POLICY = ("grpo",)  # which sample with whole weights: no fsdp
+ROWS = {
+    SFTTrainer: make_rows,
+    GRPOTrainer: make_rows,
+    DPOTrainer: make_pairs,
+    KTOTrainer: make_thumbs,
+    RewardTrainer: make_rankings,
+}
+RESUMED = ("sft", "dpo-lora", "dpo-precomputed", "kto", "reward", "grpo")
 SHARDINGS = ("ddp", "fsdp")
+CASES = [(m, s) for m in METHODS for s in SHARDINGS if s == "ddp" or m not in ON_POLICY]
 
 
 class KeepGradients(TrainerCallback):
@@ -78,10 +94,12 @@ def run(folder: Path, method: str, fsdp: bool, resume: bool = False) -> None:
     model = make_llama(tie_word_embeddings=method == "sft-tied")
     if trainer_class is RewardTrainer:
         model = make_reward_llama(num_labels=options.get("num_heads", 1))
+    if method in ON_POLICY:  # two steps on each draw, so that the second resumes in the middle of one
+        options = {**options, "steps_per_generation": 8 // WORLD_SIZE}
     trainer = trainer_class(
         model, train_dataset=make(num_rows), eval_dataset=make(5, 3),
         processing_class=make_tokenizer(), callbacks=[keep], output_dir=str(folder), report_to="none", fsdp=fsdp,
-        per_device_train_batch_size=1, gradient_accumulation_steps=4 // int(os.environ.get("WORLD_SIZE", 1)),
+        per_device_train_batch_size=1, gradient_accumulation_steps=4 // WORLD_SIZE,
         max_steps=4, adam_epsilon=1e-3, logging_steps=1, eval_steps=4, save_steps=2,
         disable_tqdm=True, **{"learning_rate": 1e-2, **options},
     )  # fmt: skip
@@ -114,7 +132,7 @@ def main(root: Path) -> None:
     torch.set_num_threads(1)
     interrupt(root / "interrupted")
     for sharding in SHARDINGS:
-        for method in METHODS:
+        for method in METHODS if sharding == "ddp" else [m for m in METHODS if m not in ON_POLICY]:
             run(root / sharding / method, method, fsdp=sharding == "fsdp")
             if method in RESUMED:
                 run(root / sharding / method, method, fsdp=sharding == "fsdp", resume=True)
