@@ -54,7 +54,8 @@ def assert_fit(reports: list[dict[str, Any]], num_kernels: int) -> None:
 def test_row_kernels_compile() -> None:
     jobs = [("token_logps", 90, "bfloat16", {}), ("token_logps", 80, "float32", ALL_STATS)]
     jobs += [("preference_loss", 90, "float32", {}), ("gae", 90, "float32", {})]
-    assert_fit(compiled(*jobs), 2 + 2 + 4 + 2)
+    jobs += [("sample_tokens", 90, "bfloat16", {}), ("sample_tokens", 80, "float32", {})]
+    assert_fit(compiled(*jobs), 2 + 2 + 4 + 2 + 2 * 2)
 
 
 def test_attention_kernels_compile() -> None:

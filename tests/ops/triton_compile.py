@@ -50,6 +50,8 @@ class Launch:
             self.signature[name] = _TYPES[value.dtype]
             if not parameter.do_not_specialize_on_alignment:
                 self.aligned.append(index)
+        elif parameter.annotation_type:
+            self.signature[name] = parameter.annotation_type
         elif isinstance(value, float):
             self.signature[name] = "fp32"
         else:
@@ -95,6 +97,7 @@ def catch(op: str, dtype: torch.dtype, tokens: int, **options: Any) -> list[Laun
             "preference_loss": _preference_loss,
             "packed_attention": _packed_attention,
             "gae": _gae,
+            "sample_tokens": _sample_tokens,
         }[op](dtype, tokens, **options)
     finally:
         JITFunction.run = run
@@ -131,6 +134,15 @@ def _gae(dtype: torch.dtype, tokens: int) -> None:
     rows_BL, mask_BL = _meta(32, tokens), _meta(32, tokens, dtype=torch.bool)
     for decays in (False, True):
         gae_triton.forward(rows_BL, rows_BL, mask_BL, _meta(32), 1.0, 0.95, decays, rows_BL, rows_BL)
+
+
+def _sample_tokens(dtype: torch.dtype, tokens: int) -> None:
+    from alignfast.kernels import sample_tokens_triton
+    from alignfast.kernels.sample_tokens import sample_options
+
+    logits_BV, counter_B = _meta(tokens, 128256, dtype=dtype), _meta(tokens, dtype=torch.int64)
+    for options in (sample_options(1.0, 0, 1.0, 0.0, 7), sample_options(0.7, 50, 0.9, 0.1, 2**60)):
+        sample_tokens_triton.forward(logits_BV, counter_B, counter_B, options)
 
 
 def _packed_attention(
