@@ -19,8 +19,8 @@ namespace {
 
 // One row, with the memory of the thread that walks it.
 struct Row {
-  const char* logits;
-  int64_t dtype, item_size, classes, blocks;
+  LogitRow logits;
+  int64_t classes, blocks;
   float inverse;  // of the temperature
   // of each block: the sum of its weights, the largest logit of each lane and of the block
   double* sums;
@@ -32,12 +32,10 @@ struct Row {
   double total = 0;       // of all weights
 
   Row(const Tensor<2>& tensor, int64_t row, const SampleOptions& options, float* scratch)
-      : dtype(tensor.dtype),
-        item_size(tensor.dtype == kFloat32 ? 4 : 2),
+      : logits(tensor, row, 1.0, 0.0, 1.0),
         classes(tensor.sizes[1]),
         blocks((classes + kBlock - 1) / kBlock),
         inverse(float(1 / options.temperature)) {
-    logits = static_cast<const char*>(tensor.data) + row * tensor.strides[0] * item_size;
     const int64_t most = classes + kLanes;
     sums = reinterpret_cast<double*>(scratch);
     tops = scratch + 2 * blocks;
@@ -48,16 +46,9 @@ struct Row {
   }
 
   int64_t start(int64_t block) const { return block * kBlock; }
-  int length(int64_t block) const { return block_length(classes, start(block)); }
+  int length(int64_t block) const { return logits.length(start(block)); }
 
-  F32 read(int64_t block, float* z) const {
-    F32 largest = {};
-    with_dtype(dtype, [&](auto* typed) {
-      const auto* from = reinterpret_cast<decltype(typed)>(const_cast<char*>(logits)) + start(block);
-      largest = read_block(from, length(block), z, [](F32 value) { return value; });
-    });
-    return largest;
-  }
+  F32 read(int64_t block, float* z) const { return read_logits<false>(logits, start(block), z); }
 
   F32 weight(F32 z, float from) const { return exp((z - from) * inverse); }
 
@@ -74,13 +65,13 @@ struct Row {
 
 double sum_weights(const Row& row, const float* z, int64_t block, float top) {
   const float from = top == -INFINITY ? 0.0f : top;
-  const char* next = row.logits + (row.start(block) + kAhead) * row.item_size;
+  const char* next = row.logits.after(row.start(block));
   const int n = row.length(block);
   F32 sums[2] = {};
   for (int i = 0; i < n; i += kStep) {
     for (int j = 0; j < 2; ++j) {
       const int at = i + j * kLanes;
-      __builtin_prefetch(next + int64_t(at) * row.item_size);
+      __builtin_prefetch(next + int64_t(at) * row.logits.item_size);
       sums[j] += row.weight(load(z + at), from);
     }
   }

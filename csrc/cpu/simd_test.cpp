@@ -3,13 +3,14 @@
 
 namespace alignfast::ALIGNFAST_ISA {
 
-// out[i] = e^x[i] (function 0), tanh x[i] (1), or the derivative of tanh (2).
+// out[i] = e^x[i] (function 0), tanh x[i] (1), the derivative of tanh (2), or log(1 + x[i]) (3).
 static void simd_function(int64_t function, const float* x, int64_t count, float* out) {
   for (int64_t i = 0; i < count; i += kLanes) {
     const int n = count - i < kLanes ? int(count - i) : kLanes;
     const F32 value = load_first(x + i, n, 0.0f);
     const Tanh of_tanh = tanh_and_slope(value);
-    store_first(out + i, function == 0 ? exp(value) : function == 1 ? of_tanh.value : of_tanh.slope, n);
+    const F32 results[] = {exp(value), of_tanh.value, of_tanh.slope, log1p_to_1(value)};
+    store_first(out + i, results[function], n);
   }
 }
 

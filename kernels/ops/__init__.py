@@ -2,6 +2,7 @@
 
 from alignfast.kernels._backend import report
 from alignfast.kernels.gae import gae
+from alignfast.kernels.kl_divergence import kl_divergence
 from alignfast.kernels.linear_loss import Stats, linear_loss
 from alignfast.kernels.linear_token_logps import linear_token_logps
 from alignfast.kernels.packed_attention import PackedLayout, packed_attention
@@ -13,6 +14,7 @@ __all__ = [
     "PackedLayout",
     "Stats",
     "gae",
+    "kl_divergence",
     "linear_loss",
     "linear_token_logps",
     "packed_attention",
