@@ -11,8 +11,8 @@
 // Letters: B rows, V vocabulary, N elements of a vector, W warps of a block.
 #include "../sample_tokens.h"
 
+#include "block.cuh"
 #include "launch.cuh"
-#include "token_row.cuh"
 
 namespace alignfast::cuda {
 namespace {
@@ -22,7 +22,6 @@ constexpr int kFewest = 32;                // elements that a thread adds up alo
 
 template <typename T>
 using Whole = Variant<T, false, false, false, false>;  // a block walks the row
-constexpr int kThreads = Whole<float>::kThreads, kWarps = kThreads / kWarpSize;
 
 // Bits that a type leaves 0 in a float: steps that its bisection can do without.
 template <typename T>
@@ -40,26 +39,6 @@ struct Batch {
   int64_t* tokens_B;
   float *logps_B, *sampled_logps_B;
 };
-
-// `value` of all threads as one, known to each of them.
-template <typename Value, typename Combine>
-__device__ __forceinline__ Value over_block(Value value, Combine combine) {
-  for (int bits = kWarpSize / 2; bits > 0; bits /= 2) {
-    value = combine(value, __shfl_xor_sync(kWholeWarp, value, bits));
-  }
-  Value* of_warps_W = reinterpret_cast<Value*>(dynamic_shared);
-  __syncthreads();  // what is there has been read
-  if (threadIdx.x % kWarpSize == 0) of_warps_W[threadIdx.x / kWarpSize] = value;
-  __syncthreads();
-  value = of_warps_W[0];
-  for (int warp = 1; warp < kWarps; ++warp) value = combine(value, of_warps_W[warp]);
-  return value;
-}
-
-template <typename Value>
-__device__ __forceinline__ Value sum_over_block(Value value) {
-  return over_block(value, [](Value a, Value b) { return a + b; });
-}
 
 template <typename T>
 struct Row {
@@ -167,7 +146,7 @@ struct Search {
 template <typename T>
 __device__ void narrow(Search& search, const Row<T>& row, float least, double u, bool is_first) {
   constexpr int N = Vector<T>::kSize;
-  const int length = static_cast<int>(ceil_div(search.last - search.first, kWarps * N)) * N;
+  const int length = static_cast<int>(ceil_div(search.last - search.first, kRowWarps * N)) * N;
   const auto start = [&](int part) {
     return static_cast<int>(min(search.first + static_cast<int64_t>(part) * length, static_cast<int64_t>(search.last)));
   };
@@ -179,18 +158,18 @@ __device__ void narrow(Search& search, const Row<T>& row, float least, double u,
   __syncthreads();
   if (is_first) {
     double kept = 0;
-    for (int part = 0; part < kWarps; ++part) kept += parts_W[part].kept;
+    for (int part = 0; part < kRowWarps; ++part) kept += parts_W[part].kept;
     search.left = u * kept;
   }
   // what rounding leaves over falls to the last part that has any
   int chosen = -1;
   double left = search.left;
-  for (int part = 0; part < kWarps && (chosen < 0 || left >= parts_W[chosen].kept); ++part) {
+  for (int part = 0; part < kRowWarps && (chosen < 0 || left >= parts_W[chosen].kept); ++part) {
     if (parts_W[part].kept == 0) continue;
     if (chosen >= 0) left -= parts_W[chosen].kept;
     chosen = part;
   }
-  for (int part = 0; part < kWarps; ++part) {
+  for (int part = 0; part < kRowWarps; ++part) {
     if (part == chosen) continue;
     search.others.all += parts_W[part].all;
     search.others.kept += parts_W[part].kept;
@@ -220,7 +199,7 @@ __device__ int pick(Search& search, const Row<T>& row, float least) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) sample_kernel(const T* __restrict__ logits_BV, Batch batch) {
+__global__ void __launch_bounds__(kRowThreads) sample_kernel(const T* __restrict__ logits_BV, Batch batch) {
   const int64_t b = blockIdx.x;
   const SampleOptions& options = batch.options;
   Row<T> row{logits_BV + b * batch.row_stride, batch.vocabulary, static_cast<float>(1 / options.temperature)};
@@ -273,7 +252,7 @@ static void sample_tokens(Tensor<2> logits_BV, Tensor<1> sequence_B, Tensor<1> p
                        static_cast<float*>(sampled_logps_B.data)};
   with_dtype(logits_BV.dtype, [&](auto zero) {
     using T = decltype(zero);
-    launch("sample_tokens", sample_kernel<T>, logits_BV.sizes[0], kThreads, kWarps * sizeof(Mass), stream,
+    launch("sample_tokens", sample_kernel<T>, logits_BV.sizes[0], kRowThreads, kRowWarps * sizeof(Mass), stream,
            static_cast<const T*>(logits_BV.data), batch);
   });
 }

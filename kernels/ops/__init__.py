@@ -3,6 +3,7 @@
 from alignfast.kernels._backend import report
 from alignfast.kernels.gae import gae
 from alignfast.kernels.kl_divergence import kl_divergence
+from alignfast.kernels.linear_kl_divergence import linear_kl_divergence
 from alignfast.kernels.linear_loss import Stats, linear_loss
 from alignfast.kernels.linear_token_logps import linear_token_logps
 from alignfast.kernels.packed_attention import PackedLayout, packed_attention
@@ -15,6 +16,7 @@ __all__ = [
     "Stats",
     "gae",
     "kl_divergence",
+    "linear_kl_divergence",
     "linear_loss",
     "linear_token_logps",
     "packed_attention",

@@ -24,6 +24,7 @@ SUITES = {
     "test_preference_loss.py": ("native and not threads", 2),
     "test_packed_preference_loss.py": ("native and not threads", 10),
     "test_gae.py": ("native and not threads", 25),
+    "test_kl_divergence.py": ("native and not threads", 70),
     "test_sample_tokens.py": ("native and not threads and not many_rows and not frequencies", 55),
     "test_packed_attention.py": ("native and not threads and not any_input and not (256 and parts)", 40),
 }

@@ -97,6 +97,7 @@ def catch(op: str, dtype: torch.dtype, tokens: int, **options: Any) -> list[Laun
             "preference_loss": _preference_loss,
             "packed_attention": _packed_attention,
             "gae": _gae,
+            "kl_divergence": _kl_divergence,
             "sample_tokens": _sample_tokens,
         }[op](dtype, tokens, **options)
     finally:
@@ -134,6 +135,17 @@ def _gae(dtype: torch.dtype, tokens: int) -> None:
     rows_BL, mask_BL = _meta(32, tokens), _meta(32, tokens, dtype=torch.bool)
     for decays in (False, True):
         gae_triton.forward(rows_BL, rows_BL, mask_BL, _meta(32), 1.0, 0.95, decays, rows_BL, rows_BL)
+
+
+def _kl_divergence(dtype: torch.dtype, tokens: int) -> None:
+    from alignfast.kernels import kl_divergence_triton
+    from alignfast.kernels.kl_divergence import KINDS, kl_options
+
+    logits_TV = _meta(tokens, 128256, dtype=dtype)
+    for kind in KINDS:
+        options = kl_options(kind, 1.0, None, 0.7)
+        stats_KT = kl_divergence_triton.forward(logits_TV, logits_TV, options)
+        kl_divergence_triton.backward(logits_TV, logits_TV, stats_KT, stats_KT[0], options, logits_TV)
 
 
 def _sample_tokens(dtype: torch.dtype, tokens: int) -> None:
