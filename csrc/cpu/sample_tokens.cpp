@@ -101,14 +101,11 @@ bool walk(Row& row, const SampleOptions& options) {
 // ---- filters ----
 
 int64_t count_from(const float* values, int64_t count, float least) {
-  int64_t found = 0;
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const I32 here = load(values + i) >= least;  // -1 where it holds
-    int lanes = 0;
-    for (int lane = 0; lane < kLanes; ++lane) lanes -= here[lane];
-    found += lanes;
-  }
-  return found;
+  I32 found = {};
+  for (int64_t i = 0; i < count; i += kLanes) found -= load(values + i) >= least;  // -1 where it holds
+  int64_t total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += found[lane];
+  return total;
 }
 
 double mass_from(const float* values, const float* weights, int64_t count, float least) {
