@@ -32,7 +32,8 @@ from alignfast.kernels.token_logps import row_options
 
 KINDS = ("forward", "reverse", "js")
 FORWARD, REVERSE, JS = range(3)
-# The divergence; the largest x and the sum of e of the policy, and of the reference; KL(p || m), of js alone.
+# The divergence; the largest x (compiled: what x is a multiple of) and the sum of e of the policy, and of the
+# reference; KL(p || m), of js alone.
 _STATS = ("divergence", "top", "exps", "ref_top", "ref_exps", "own")
 DIVERGENCE, TOP, EXPS, REF_TOP, REF_EXPS, OWN = range(6)
 
