@@ -24,7 +24,7 @@ from alignfast.kernels.token_logps import STATS, _Native, row_options
 
 ROOT = Path(__file__).resolve().parent.parent
 EVERY_ISA = [pytest.param(isa, id=isa, marks=pytest.mark.isa(isa)) for isa in _cpu.isas]
-EXP, TANH, TANH_SLOPE, EXP_ANYWHERE = range(4)
+EXP, TANH, TANH_SLOPE, EXP_ANYWHERE, LOG1P_TO_1 = range(5)
 
 
 def apply(function: int, x: Tensor) -> Tensor:
@@ -50,6 +50,14 @@ def bits(x: Tensor) -> Tensor:
 
 
 # --- simd.h ---
+
+
+@pytest.mark.parametrize("isa", EVERY_ISA)
+def test_log1p_to_1(isa: str) -> None:
+    t = torch.cat((torch.linspace(0, 1, 1_000_003), torch.logspace(-30, 0, 1000)))
+    assert ulps(apply(LOG1P_TO_1, t), t.double().log1p()).max() < 2
+    assert torch.equal(apply(LOG1P_TO_1, torch.tensor([0.0])), torch.tensor([0.0]))
+    assert apply(LOG1P_TO_1, torch.tensor([math.nan])).isnan().all()
 
 
 @pytest.mark.parametrize("isa", EVERY_ISA)

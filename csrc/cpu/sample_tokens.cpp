@@ -10,27 +10,17 @@
 // I/O: the logits once; blocks with candidates twice, from the cache.
 #include <omp.h>
 
-#include "../philox.h"
+#include "../sample_tokens.h"
 
 #include "row.h"
 
 namespace alignfast::ALIGNFAST_ISA {
 namespace {
 
-struct Options {
-  int64_t seed;
-  double temperature;
-  int64_t top_k;
-  double top_p, floor;
-  bool greedy;
-
-  bool filters() const { return top_k > 0 || top_p < 1 || floor > -INFINITY; }
-};
-
 // One row, with the memory of the thread that walks it.
 struct Row {
-  const char* logits;
-  int64_t dtype, item_size, classes, blocks;
+  LogitRow logits;
+  int64_t classes, blocks;
   float inverse;  // of the temperature
   // of each block: the sum of its weights, the largest logit of each lane and of the block
   double* sums;
@@ -41,13 +31,11 @@ struct Row {
   float top = -INFINITY;  // m
   double total = 0;       // of all weights
 
-  Row(const Tensor<2>& tensor, int64_t row, const Options& options, float* scratch)
-      : dtype(tensor.dtype),
-        item_size(tensor.dtype == kFloat32 ? 4 : 2),
+  Row(const Tensor<2>& tensor, int64_t row, const SampleOptions& options, float* scratch)
+      : logits(tensor, row, 1.0, 0.0, 1.0),
         classes(tensor.sizes[1]),
         blocks((classes + kBlock - 1) / kBlock),
         inverse(float(1 / options.temperature)) {
-    logits = static_cast<const char*>(tensor.data) + row * tensor.strides[0] * item_size;
     const int64_t most = classes + kLanes;
     sums = reinterpret_cast<double*>(scratch);
     tops = scratch + 2 * blocks;
@@ -58,16 +46,9 @@ struct Row {
   }
 
   int64_t start(int64_t block) const { return block * kBlock; }
-  int length(int64_t block) const { return block_length(classes, start(block)); }
+  int length(int64_t block) const { return logits.length(start(block)); }
 
-  F32 read(int64_t block, float* z) const {
-    F32 largest = {};
-    with_dtype(dtype, [&](auto* typed) {
-      const auto* from = reinterpret_cast<decltype(typed)>(const_cast<char*>(logits)) + start(block);
-      largest = read_block(from, length(block), z, [](F32 value) { return value; });
-    });
-    return largest;
-  }
+  F32 read(int64_t block, float* z) const { return read_logits<false>(logits, start(block), z); }
 
   F32 weight(F32 z, float from) const { return exp((z - from) * inverse); }
 
@@ -77,20 +58,20 @@ struct Row {
   }
 
   // log e^((z - m) / T), not rounded to float
-  double exponent(float z, const Options& options) const { return (double(z) - top) / options.temperature; }
+  double exponent(float z, const SampleOptions& options) const { return (double(z) - top) / options.temperature; }
 };
 
 // ---- the first walk ----
 
 double sum_weights(const Row& row, const float* z, int64_t block, float top) {
   const float from = top == -INFINITY ? 0.0f : top;
-  const char* next = row.logits + (row.start(block) + kAhead) * row.item_size;
+  const char* next = row.logits.after(row.start(block));
   const int n = row.length(block);
   F32 sums[2] = {};
   for (int i = 0; i < n; i += kStep) {
     for (int j = 0; j < 2; ++j) {
       const int at = i + j * kLanes;
-      __builtin_prefetch(next + int64_t(at) * row.item_size);
+      __builtin_prefetch(next + int64_t(at) * row.logits.item_size);
       sums[j] += row.weight(load(z + at), from);
     }
   }
@@ -98,7 +79,7 @@ double sum_weights(const Row& row, const float* z, int64_t block, float top) {
 }
 
 // Fills sums, tops, top and total; false where the row has no distribution.
-bool walk(Row& row, const Options& options) {
+bool walk(Row& row, const SampleOptions& options) {
   alignas(64) float z[kBlock];
   for (int64_t block = 0; block < row.blocks; ++block) {
     const F32 largest = row.read(block, z);
@@ -119,44 +100,12 @@ bool walk(Row& row, const Options& options) {
 
 // ---- filters ----
 
-// Floats in the order of integers, -0 just below 0.
-int64_t rank_of(float x) {
-  int32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits < 0 ? bits ^ 0x7fffffff : bits;
-}
-
-float of_rank(int64_t rank) {
-  const int32_t bits = rank < 0 ? int32_t(rank) ^ 0x7fffffff : int32_t(rank);
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-// The largest x in [low, high] with enough(x), which holds at `low` and from some x on no more.
-template <typename Enough>
-float largest_with(float low, float high, Enough enough) {
-  int64_t first = rank_of(low), last = rank_of(high);
-  while (first < last) {
-    const int64_t middle = first + (last - first + 1) / 2;
-    if (enough(of_rank(middle))) {
-      first = middle;
-    } else {
-      last = middle - 1;
-    }
-  }
-  return of_rank(first);
-}
-
 int64_t count_from(const float* values, int64_t count, float least) {
-  int64_t found = 0;
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const I32 here = load(values + i) >= least;  // -1 where it holds
-    int lanes = 0;
-    for (int lane = 0; lane < kLanes; ++lane) lanes -= here[lane];
-    found += lanes;
-  }
-  return found;
+  I32 found = {};
+  for (int64_t i = 0; i < count; i += kLanes) found -= load(values + i) >= least;  // -1 where it holds
+  int64_t total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += found[lane];
+  return total;
 }
 
 double mass_from(const float* values, const float* weights, int64_t count, float least) {
@@ -170,15 +119,8 @@ double mass_from(const float* values, const float* weights, int64_t count, float
   return mass;
 }
 
-// The smallest float that is no less than m + floor.
-float least_of_floor(const Row& row, const Options& options) {
-  const double least = double(row.top) + options.floor;
-  const float rounded = float(least);
-  return rounded < least ? of_rank(rank_of(rounded) + 1) : rounded;
-}
-
 // A logit that no kept token, and none that decides which are kept, lies below.
-float lower_bound(const Row& row, const Options& options) {
+float lower_bound(const Row& row, const SampleOptions& options) {
   if (options.top_k) {
     // among the largest of disjoint sets, the k largest are k logits
     const int64_t lanes = row.blocks * kLanes;
@@ -191,7 +133,7 @@ float lower_bound(const Row& row, const Options& options) {
     const double bound = row.top + options.temperature * ::log((1 - options.top_p) * row.total / row.classes);
     return float(bound < row.top ? bound - 1e-6 * fabs(bound) : row.top);
   }
-  return least_of_floor(row, options);
+  return least_of_floor(row.top, options);
 }
 
 // Sets apart what is not below `lower`; returns how many.
@@ -214,8 +156,8 @@ int64_t collect(const Row& row, float lower) {
 }
 
 // The smallest logit that the filters leave, found among the candidates.
-float least_kept(const Row& row, const Options& options, float lower, int64_t count) {
-  float least = least_of_floor(row, options);
+float least_kept(const Row& row, const SampleOptions& options, float lower, int64_t count) {
+  float least = least_of_floor(row.top, options);
   double mass = row.total;
   if (options.top_k && options.top_k < row.classes) {
     lower = largest_with(lower, row.top, [&](float x) { return count_from(row.values, count, x) >= options.top_k; });
@@ -239,7 +181,7 @@ struct Draw {
   double others = NAN;  // weights of the other kept tokens
 };
 
-Draw draw_kept(const Row& row, const Options& options, double u) {
+Draw draw_kept(const Row& row, const SampleOptions& options, double u) {
   const float lower = lower_bound(row, options);
   const int64_t count = collect(row, lower);
   const float least = least_kept(row, options, lower, count);
@@ -294,16 +236,16 @@ double others_of(const Row& row, int64_t token) {
   return others;
 }
 
-void sample_row(Row row, const Options& options, double u, int64_t* token, float* logp, float* sampled_logp) {
+void sample_row(Row row, const SampleOptions& options, double u, int64_t* token, float* logp, float* sampled_logp) {
   *token = -1;
   *logp = *sampled_logp = NAN;
   if (!walk(row, options)) return;
-  const bool filtered = options.filters();
+  const bool filtered = options.top_k > 0 || options.top_p < 1 || options.floor > -INFINITY;
   const Draw draw = filtered ? draw_kept(row, options, options.greedy ? 0.0 : u) : draw_any(row, u);
   const double exponent = row.exponent(draw.value, options);
   *token = draw.token;
-  *logp = float(-softplus(::log(others_of(row, draw.token)) - exponent));
-  *sampled_logp = options.greedy ? 0.0f : filtered ? float(-softplus(::log(draw.others) - exponent)) : *logp;
+  *logp = logp_beside(others_of(row, draw.token), exponent);
+  *sampled_logp = options.greedy ? 0.0f : filtered ? logp_beside(draw.others, exponent) : *logp;
 }
 
 }  // namespace
@@ -313,7 +255,7 @@ void sample_row(Row row, const Options& options, double u, int64_t* token, float
 static void sample_tokens(Tensor<2> logits, Tensor<1> sequence, Tensor<1> position, int64_t seed, double temperature,
                           int64_t top_k, double top_p, double floor, int64_t greedy, Tensor<1> tokens,
                           Tensor<1> logps, Tensor<1> sampled_logps, Tensor<2> scratch, int64_t threads) {
-  const Options options{seed, temperature, top_k, top_p, floor, greedy != 0};
+  const SampleOptions options{seed, temperature, top_k, top_p, floor, greedy != 0};
   for_rows(logits.sizes[0], logits.sizes[1], threads, [&](int64_t b) {
     float* memory = static_cast<float*>(scratch.data) + omp_get_thread_num() * scratch.strides[0];
     const int64_t counter[2] = {static_cast<const int64_t*>(sequence.data)[b * sequence.strides[0]],

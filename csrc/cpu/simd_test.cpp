@@ -3,14 +3,14 @@
 
 namespace alignfast::ALIGNFAST_ISA {
 
-// out[i] = e^x[i] (function 0), tanh x[i] (1), the derivative of tanh (2), or e^x[i] for every x (3).
+// out[i] = e^x[i] (function 0), tanh x[i] (1), the derivative of tanh (2), e^x[i] for every x (3), or log(1 + x[i]) (4).
 static void simd_function(int64_t function, const float* x, int64_t count, float* out) {
   for (int64_t i = 0; i < count; i += kLanes) {
     const int n = count - i < kLanes ? int(count - i) : kLanes;
     const F32 value = load_first(x + i, n, 0.0f);
     const Tanh of_tanh = tanh_and_slope(value);
-    const F32 of_exp = function == 0 ? exp(value) : exp_anywhere(value);
-    store_first(out + i, function == 1 ? of_tanh.value : function == 2 ? of_tanh.slope : of_exp, n);
+    const F32 results[] = {exp(value), of_tanh.value, of_tanh.slope, exp_anywhere(value), log1p_to_1(value)};
+    store_first(out + i, results[function], n);
   }
 }
 

@@ -21,40 +21,8 @@ struct Options {
 
   bool wants(Stat stat) const { return wanted >> stat & 1; }
   bool moments() const { return wants(kEntropy) || wants(kSumSqProbs); }
+  LogitRow row(const Tensor<2>& logits, int64_t row) const { return {logits, row, scale, softcap, temperature}; }
 };
-
-// One row of logits, and how it is read: x = factor * z, or with a softcap outer * tanh(factor * z).
-struct Row {
-  char* logits;
-  int64_t dtype, item_size, classes;
-  bool capped;
-  float factor, outer;
-
-  Row(const Tensor<2>& tensor, int64_t row, const Options& options)
-      : dtype(tensor.dtype),
-        item_size(tensor.dtype == kFloat32 ? 4 : 2),
-        classes(tensor.sizes[1]),
-        capped(options.softcap != 0),
-        factor(float(options.scale / (capped ? options.softcap : options.temperature))),
-        outer(float(options.softcap / options.temperature)) {
-    logits = static_cast<char*>(tensor.data) + row * tensor.strides[0] * item_size;
-  }
-
-  // What to fetch while the block at `start` is summed.
-  const char* after(int64_t start) const { return logits + (start + kAhead) * item_size; }
-};
-
-// Reads n logits as x, padded with -inf to whole steps, and returns the largest.
-template <bool capped>
-float read_logits(const Row& row, int64_t start, int n, float* x) {
-  const float factor = row.factor, outer = row.outer;
-  const auto transform = [=](F32 value) { return capped ? tanh(value * factor) * outer : value * factor; };
-  float largest = 0;
-  with_dtype(row.dtype, [&](auto* typed) {
-    largest = max_lane(read_block(reinterpret_cast<decltype(typed)>(row.logits) + start, n, x, transform));
-  });
-  return largest;
-}
 
 // ---- forward ----
 
@@ -111,12 +79,12 @@ void raise(Others& others, float largest) {
 
 // One walk along the row; `left_out` is a class, or -1 for none.
 template <bool capped, bool moments, bool with_squares>
-Others sum_row(const Row& row, int64_t left_out, bool with_total) {
+Others sum_row(const LogitRow& row, int64_t left_out, bool with_total) {
   alignas(64) float x[kBlock];
   Others others;
   for (int64_t start = 0; start < row.classes; start += kBlock) {
-    const int n = block_length(row.classes, start);
-    float largest = read_logits<capped>(row, start, n, x);
+    const int n = row.length(start);
+    float largest = max_lane(read_logits<capped>(row, start, x));
     if (with_total) {
       for (int i = 0; i < n; ++i) others.total += x[i];
     }
@@ -136,7 +104,7 @@ Others sum_row(const Row& row, int64_t left_out, bool with_total) {
 }
 
 template <bool capped, bool moments, bool with_squares>
-void forward_row(const Row& row, int64_t target, const Options& options, float* stats, int64_t stride) {
+void forward_row(const LogitRow& row, int64_t target, const Options& options, float* stats, int64_t stride) {
   const Others others = sum_row<capped, moments, with_squares>(row, target, options.wants(kMeanLogit));
   const double m = others.largest, x_t = others.left_out;
   const bool has_nan = isnan(others.exps), no_others = m == -INFINITY && !has_nan;
@@ -168,7 +136,7 @@ struct Slopes {
   float base, offset;   // logp_v = (x_v - base) + offset
   float dx_dz, outer;   // with a softcap dx/dz = dx_dz (1 - tanh^2)
 
-  Slopes(const Row& row, const Options& options, const float* stats, const float* dstats) {
+  Slopes(const LogitRow& row, const Options& options, const float* stats, const float* dstats) {
     by_exp = dstats[kLse] - dstats[kLogps];
     by_log = options.wants(kEntropy) ? -dstats[kEntropy] : 0.0f;
     by_square = options.wants(kSumSqProbs) ? 2 * dstats[kSumSqProbs] : 0.0f;
@@ -182,7 +150,7 @@ struct Slopes {
   // What is stored is rounded: lse = 72 to 4e-6, and so would be every p. The target's logit and log-prob are the
   // better pair where the log-prob is the smaller number; where both are large, the row is summed once more.
   template <bool capped>
-  void choose_base(const Row& row, float x_t, float logp_t, float lse) {
+  void choose_base(const LogitRow& row, float x_t, float logp_t, float lse) {
     const bool by_target = isfinite(x_t) && 2 * fabsf(logp_t) < fabsf(lse);
     base = by_target ? x_t : lse;
     offset = by_target ? logp_t : 0.0f;
@@ -211,37 +179,20 @@ F32 differentiate(F32 y, const Slopes& slopes, F32 by_exp, F32 extra) {
   return (slopes.dx<moments>(tanh.value * slopes.outer, by_exp) + extra) * (tanh.slope * slopes.dx_dz);
 }
 
-void write_block(const float* dz, int n, const Tensor<2>& out, int64_t row, int64_t start) {
-  with_dtype(out.dtype, [&](auto* typed) {
-    auto* to = static_cast<decltype(typed)>(out.data) + row * out.strides[0] + start;
-    int i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(to + i, load(dz + i));
-    if (i < n) store_first(to + i, load(dz + i), n - i);
-  });
-}
-
-void fill_row(const Tensor<2>& out, int64_t row, float value) {
-  alignas(64) float block[kBlock];
-  for (int i = 0; i < kBlock; ++i) block[i] = value;
-  for (int64_t start = 0; start < out.sizes[1]; start += kBlock) {
-    write_block(block, block_length(out.sizes[1], start), out, row, start);
-  }
-}
-
 template <bool capped, bool moments>
-void backward_row(const Row& row, int64_t target, const Options& options, const float* stats, const float* dstats,
+void backward_row(const LogitRow& row, int64_t target, const Options& options, const float* stats, const float* dstats,
                   const Tensor<2>& out, int64_t out_row) {
   alignas(64) float block[kBlock];
   float y_t;
   with_dtype(row.dtype, [&](auto* typed) {
-    y_t = load_one(reinterpret_cast<decltype(typed)>(row.logits) + target) * row.factor;
+    y_t = load_one(reinterpret_cast<decltype(typed)>(const_cast<char*>(row.logits)) + target) * row.factor;
   });
   const float x_t = capped ? tanh(splat(y_t))[0] * row.outer : y_t;
   Slopes slopes(row, options, stats, dstats);
   slopes.choose_base<capped>(row, x_t, stats[kLogps], stats[kLse]);
   for (int64_t start = 0; start < row.classes; start += kBlock) {
-    const int n = block_length(row.classes, start);
-    read_logits<false>(row, start, n, block);
+    const int n = row.length(start);
+    read_logits<false>(row, start, block);
     for (int i = 0; i < n; i += kLanes) {
       __builtin_prefetch(row.after(start) + int64_t(i) * row.item_size);
       const F32 dz = differentiate<capped, moments>(load(block + i), slopes, splat(slopes.by_exp), F32{});
@@ -278,7 +229,7 @@ static void token_logps_forward(Tensor<2> logits, Tensor<1> targets, double scal
       out[stat * stats.strides[0]] = bad && target != ignore_index ? NAN : 0.0f;
     }
     if (bad || target == ignore_index) return;
-    walk(Row(logits, row, options), target, options, out, stats.strides[0]);
+    walk(options.row(logits, row), target, options, out, stats.strides[0]);
   });
 }
 
@@ -299,7 +250,7 @@ static void token_logps_backward(Tensor<2> logits, Tensor<1> targets, Tensor<2> 
       of_row[stat] = static_cast<const float*>(stats.data)[stat * stats.strides[0] + row * stats.strides[1]];
       d_of_row[stat] = static_cast<const float*>(dstats.data)[stat * dstats.strides[0] + row * dstats.strides[1]];
     }
-    walk(Row(logits, row, options), target, options, of_row, d_of_row, out, row);
+    walk(options.row(logits, row), target, options, of_row, d_of_row, out, row);
   });
 }
 

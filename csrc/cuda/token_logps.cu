@@ -161,20 +161,6 @@ __device__ __forceinline__ float gradient(float core, float outer, bool is_targe
   return dx;
 }
 
-template <typename Is>
-__device__ __forceinline__ void fill(typename Is::T* row_V, int V, int thread, float value) {
-  using T = typename Is::T;
-  constexpr int N = Vector<T>::kSize;
-  const int off = misalignment(row_V) / static_cast<int>(sizeof(T));
-  const int head = min(V, off ? N - off : 0), vectors = (V - head) / N, tail = head + vectors * N;
-  Vector<T> filled;
-#pragma unroll
-  for (int j = 0; j < N; ++j) filled.elements[j] = from_float<T>(value);
-  if (thread < head) row_V[thread] = filled.elements[0];
-  for (int i = thread; i < vectors; i += Is::kThreads) filled.store(row_V + head + i * N);
-  if (tail + thread < V) row_V[tail + thread] = filled.elements[0];
-}
-
 // No __restrict__: the gradient may be written onto the logits. In the walk a thread writes only where it reads.
 template <typename Is>
 __global__ void __launch_bounds__(Is::kBlockThreads, Is::kBlocksAnSM)
@@ -206,16 +192,7 @@ __global__ void __launch_bounds__(Is::kBlockThreads, Is::kBlocksAnSM)
       const float slope = Is::kCapped ? (1 - core * core) * transform.slope : transform.slope;
       dz[j] = from_float<T>(slope * gradient<Is>(core, transform.outer, first + j == place.target, up));
     }
-    if constexpr (N == Vector<T>::kSize) {
-      if (vectors_fit) {
-        Vector<T> vector;
-#pragma unroll
-        for (int j = 0; j < N; ++j) vector.elements[j] = dz[j];
-        return vector.store(out_V + first);
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < N; ++j) out_V[first + j] = dz[j];
+    store_elements(out_V + first, dz, vectors_fit);
   });
 }
 

@@ -136,6 +136,35 @@ __device__ __forceinline__ void walk(const typename Is::T* row_V, int V, int thr
   }
 }
 
+// Writes elements that a visit was given; `vectors_fit` where the row starts on a vector's border.
+template <typename T, int N>
+__device__ __forceinline__ void store_elements(T* to, const T (&elements)[N], bool vectors_fit) {
+  if constexpr (N == Vector<T>::kSize) {
+    if (vectors_fit) {
+      Vector<T> vector;
+#pragma unroll
+      for (int j = 0; j < N; ++j) vector.elements[j] = elements[j];
+      return vector.store(to);
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < N; ++j) to[j] = elements[j];
+}
+
+template <typename Is>
+__device__ __forceinline__ void fill(typename Is::T* row_V, int V, int thread, float value) {
+  using T = typename Is::T;
+  constexpr int N = Vector<T>::kSize;
+  const int off = misalignment(row_V) / static_cast<int>(sizeof(T));
+  const int head = min(V, off ? N - off : 0), vectors = (V - head) / N, tail = head + vectors * N;
+  Vector<T> filled;
+#pragma unroll
+  for (int j = 0; j < N; ++j) filled.elements[j] = from_float<T>(value);
+  if (thread < head) row_V[thread] = filled.elements[0];
+  for (int i = thread; i < vectors; i += Is::kThreads) filled.store(row_V + head + i * N);
+  if (tail + thread < V) row_V[tail + thread] = filled.elements[0];
+}
+
 // Sums over a row, but for the class `left_out` (-1: for none), known to each of its threads. Uses the block's shared
 // memory, a Sums for each warp.
 template <typename Is>

@@ -3,7 +3,9 @@
 from alignfast.kernels._backend import report
 from alignfast.kernels.gae import gae
 from alignfast.kernels.group_advantages import group_advantages
+from alignfast.kernels.kl_divergence import kl_divergence
 from alignfast.kernels.kl_penalty import kl_penalty
+from alignfast.kernels.linear_kl_divergence import linear_kl_divergence
 from alignfast.kernels.linear_loss import Stats, linear_loss
 from alignfast.kernels.linear_token_logps import linear_token_logps
 from alignfast.kernels.packed_attention import PackedLayout, packed_attention
@@ -18,7 +20,9 @@ __all__ = [
     "Stats",
     "gae",
     "group_advantages",
+    "kl_divergence",
     "kl_penalty",
+    "linear_kl_divergence",
     "linear_loss",
     "linear_token_logps",
     "packed_attention",

@@ -43,23 +43,32 @@ def check_head(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, bias_V: 
     Raises:
         ValueError: says what came and what was expected.
     """
-    if hidden_TD.ndim != 2 or weight_VD.ndim != 2 or hidden_TD.shape[1] != weight_VD.shape[1]:
-        raise ValueError(
-            f"expected hidden (T, D) and weight (V, D), got {tuple(hidden_TD.shape)} and {tuple(weight_VD.shape)}"
-        )
+    check_projection(hidden_TD, weight_VD, bias_V)
     if targets_T.shape != hidden_TD.shape[:1] or targets_T.dtype != torch.int64:
         raise ValueError(
             f"expected int64 targets of shape ({hidden_TD.shape[0]},), got {targets_T.dtype} {tuple(targets_T.shape)}"
+        )
+    if targets_T.device != hidden_TD.device:
+        raise ValueError(f"hidden is on {hidden_TD.device}, targets on {targets_T.device}; move one of them")
+
+
+def check_projection(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> None:
+    """What `check_head` asks of a head without targets.
+
+    Raises:
+        ValueError: says what came and what was expected.
+    """
+    if hidden_TD.ndim != 2 or weight_VD.ndim != 2 or hidden_TD.shape[1] != weight_VD.shape[1]:
+        raise ValueError(
+            f"expected hidden (T, D) and weight (V, D), got {tuple(hidden_TD.shape)} and {tuple(weight_VD.shape)}"
         )
     if bias_V is not None and bias_V.shape != weight_VD.shape[:1]:
         raise ValueError(f"expected a bias of shape ({weight_VD.shape[0]},), got {tuple(bias_V.shape)}")
     for name, other in (("weight", weight_VD), ("bias", bias_V)):
         if other is not None and other.dtype != hidden_TD.dtype:
             raise ValueError(f"hidden is {hidden_TD.dtype} and {name} {other.dtype}; cast one of them")
-    if not hidden_TD.device == weight_VD.device == targets_T.device:
-        raise ValueError(
-            f"hidden is on {hidden_TD.device}, weight on {weight_VD.device}, targets on {targets_T.device}"
-        )
+        if other is not None and other.device != hidden_TD.device:
+            raise ValueError(f"hidden is on {hidden_TD.device}, {name} on {other.device}; move one of them")
 
 
 def autocast_head(

@@ -1,7 +1,7 @@
 """Random numbers that are a function of a counter: Philox 4x32-10 (Salmon et al., SC 2011), in PyTorch.
 
 What is drawn for a counter depends on the key and the counter alone, not on what was drawn before, where or by how
-many threads. csrc/philox.h is the same function for compiled code; Triton has its own. 32-bit words are kept in int64,
+many threads. csrc/sample_tokens.h has the same function for compiled code; Triton has its own. 32-bit words are kept in int64,
 whose products wrap around.
 
 Letters: B counters.

@@ -23,6 +23,7 @@ from torch import Tensor
 from alignfast.kernels._autograd import Function, only_once
 from alignfast.kernels._backend import native_refusal, never_refuses, register, resolve, triton_refusal
 from alignfast.kernels._native import launch, native_op, unit_columns
+from alignfast.kernels._rows import from_the_top, transform
 from alignfast.kernels._targets import check_targets, outside
 from alignfast.kernels._workspace import fresh_like
 
@@ -160,7 +161,7 @@ class _Torch:
         bad_T = outside(targets_T, vocabulary, options.ignore_index)
         index_T1 = targets_T.masked_fill(ignored_T | bad_T, 0)[:, None]
         x_T = x_TV.gather(1, index_T1)[:, 0]
-        d_TV, top_T1 = _from_the_top(x_TV)
+        d_TV, top_T1 = from_the_top(x_TV)
         d_T = d_TV.gather(1, index_T1)[:, 0]
         others_T = d_TV.scatter(1, index_T1, -math.inf).logsumexp(1)
         zero_T = torch.zeros_like(x_T)
@@ -196,7 +197,7 @@ class _Torch:
         bad_T = outside(targets_T, x_TV.shape[1], options.ignore_index)
         index_T1 = targets_T.masked_fill(ignored_T | bad_T, 0)[:, None]
         dlogps_T, dlse_T, dentropy_T, dmean_T, _, dsquares_T = dstats_KT.to(x_TV.dtype)
-        d_TV, _ = _from_the_top(x_TV)
+        d_TV, _ = from_the_top(x_TV)
         logp_TV = d_TV - d_TV.logsumexp(1, keepdim=True)
         p_TV = logp_TV.exp()
         dx_TV = p_TV * (dlse_T - dlogps_T)[:, None]
@@ -214,22 +215,9 @@ class _Torch:
         out_TV.copy_(dx_TV)
 
 
-def _from_the_top(x_TV: Tensor) -> tuple[Tensor, Tensor]:
-    """Differences to each row's largest entry, and that entry: an lse of 25 is stored to 1e-6, its excess to 1e-8."""
-    limit = torch.finfo(x_TV.dtype).max  # an infinite top would make NaN of every difference
-    top_T1 = x_TV.detach().amax(1, keepdim=True).clamp(-limit, limit)
-    return x_TV - top_T1, top_T1
-
-
 def _transform(logits_TV: Tensor, options: RowOptions) -> tuple[Tensor, Tensor | float]:
     """x of the module's head, and dx/dz."""
-    z_TV = logits_TV.double() if logits_TV.dtype == torch.float64 else logits_TV.float()
-    if not options.softcap:
-        factor = options.scale / options.temperature
-        return z_TV * factor, factor
-    tanh_TV = (z_TV * (options.scale / options.softcap)).tanh()
-    slope_TV = (1 - tanh_TV.square()) * (options.scale / options.temperature)
-    return tanh_TV * (options.softcap / options.temperature), slope_TV
+    return transform(logits_TV, options.scale, options.softcap, options.temperature)
 
 
 class _Native:

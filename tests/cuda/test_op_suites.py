@@ -26,6 +26,8 @@ SUITES = {
     "test_gae.py": ("native and not threads", 25),
     "test_kl_penalty.py": ("native and not threads and not compiles", 30),
     "test_policy_loss_backends.py": ("native and not threads and not compiles", 50),
+    "test_kl_divergence.py": ("native and not threads", 70),
+    "test_sample_tokens.py": ("native and not threads and not many_rows and not frequencies", 55),
     "test_packed_attention.py": ("native and not threads and not any_input and not (256 and parts)", 40),
 }
 

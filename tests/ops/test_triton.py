@@ -55,7 +55,9 @@ def test_row_kernels_compile() -> None:
     jobs = [("token_logps", 90, "bfloat16", {}), ("token_logps", 80, "float32", ALL_STATS)]
     jobs += [("preference_loss", 90, "float32", {}), ("gae", 90, "float32", {})]
     jobs += [("kl_penalty", 90, "float32", {}), ("policy_loss", 90, "float32", {})]
-    assert_fit(compiled(*jobs), 2 + 2 + 4 + 2 + 8 + 3)
+    jobs += [("sample_tokens", 90, "bfloat16", {}), ("sample_tokens", 80, "float32", {})]
+    jobs += [("kl_divergence", 90, "bfloat16", {})]
+    assert_fit(compiled(*jobs), 2 + 2 + 4 + 2 + 8 + 3 + 2 * 2 + 3 * 2)
 
 
 def test_paged_attention_compiles() -> None:

@@ -50,6 +50,8 @@ class Launch:
             self.signature[name] = _TYPES[value.dtype]
             if not parameter.do_not_specialize_on_alignment:
                 self.aligned.append(index)
+        elif parameter.annotation_type:
+            self.signature[name] = parameter.annotation_type
         elif isinstance(value, float):
             self.signature[name] = "fp32"
         else:
@@ -98,6 +100,8 @@ def catch(op: str, dtype: torch.dtype, tokens: int, **options: Any) -> list[Laun
             "paged_attention": _paged_attention,
             "kl_penalty": _kl_penalty,
             "policy_loss": _policy_loss,
+            "kl_divergence": _kl_divergence,
+            "sample_tokens": _sample_tokens,
         }[op](dtype, tokens, **options)
     finally:
         JITFunction.run = run
@@ -156,6 +160,26 @@ def _policy_loss(dtype: torch.dtype, tokens: int) -> None:
         policy_loss_triton.forward(
             tokens_T, tokens_T, tokens_T, ref_T, marked_T, scale_T, 0.8, 1.2, 3.0, 0.1, corrects
         )
+
+
+def _kl_divergence(dtype: torch.dtype, tokens: int) -> None:
+    from alignfast.kernels import kl_divergence_triton
+    from alignfast.kernels.kl_divergence import KINDS, kl_options
+
+    logits_TV = _meta(tokens, 128256, dtype=dtype)
+    for kind in KINDS:
+        options = kl_options(kind, 1.0, None, 0.7)
+        stats_KT = kl_divergence_triton.forward(logits_TV, logits_TV, options)
+        kl_divergence_triton.backward(logits_TV, logits_TV, stats_KT, stats_KT[0], options, logits_TV)
+
+
+def _sample_tokens(dtype: torch.dtype, tokens: int) -> None:
+    from alignfast.kernels import sample_tokens_triton
+    from alignfast.kernels.sample_tokens import sample_options
+
+    logits_BV, counter_B = _meta(tokens, 128256, dtype=dtype), _meta(tokens, dtype=torch.int64)
+    for options in (sample_options(1.0, 0, 1.0, 0.0, 7), sample_options(0.7, 50, 0.9, 0.1, 2**60)):
+        sample_tokens_triton.forward(logits_BV, counter_B, counter_B, options)
 
 
 def _packed_attention(

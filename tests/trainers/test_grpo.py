@@ -340,8 +340,7 @@ def test_metrics_bear_trls_names(tmp_path):
 )  # fmt: skip
 def test_wrong_input_is_told_before_training(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        trainer = make_trainer(tmp_path, **options)
-        trainer.before_training()
+        make_trainer(tmp_path, **options)
 
 
 def test_an_unknown_option_names_the_nearest():
