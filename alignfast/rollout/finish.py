@@ -56,6 +56,6 @@ class Finish:
 
     def text(self, tokens: list[int]) -> str:
         """Without special tokens, and up to the stop text."""
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
         ends = [text.index(stop) for stop in self.stop_texts if stop in text]
         return text[: min(ends)] if ends else text

@@ -49,7 +49,8 @@ class TransformersEngine:
         torch's own random numbers are left as they were.
         """
         encoded = [tuple(encode_prompt(self.tokenizer, prompt)) for prompt in prompts]
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        embeddings: Any = self.model.get_input_embeddings()
+        vocabulary = int(embeddings.weight.shape[0])
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         check_room(encoded, vocabulary, positions)
         stops = sampling.stop_token_ids
