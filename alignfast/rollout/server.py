@@ -30,6 +30,10 @@ class ServerError(RuntimeError):
     """The server is not there, or does not do what is asked of it."""
 
 
+class RouteMissing(ServerError):
+    """The server has no such route: it is too old, or was started without what opens it."""
+
+
 class Server:
     """One server.
 
@@ -132,7 +136,7 @@ class Server:
     def _refused(self, error: HTTPError, route: str) -> ServerError:
         said = _message(error.read())
         if error.code == 404 and said == "Not Found":
-            return ServerError(
+            return RouteMissing(
                 f"the vLLM server at {self.url} has no route {route}: it is too old, or was started without "
                 f"VLLM_SERVER_DEV_MODE=1. To have one: {START}"
             )

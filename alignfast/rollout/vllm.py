@@ -41,7 +41,7 @@ from alignfast.models.policy import Policy
 from alignfast.rollout.finish import Finish
 from alignfast.rollout.prompts import check_room, encode_prompt, end_tokens, room_for
 from alignfast.rollout.sampling import Completion, Prompt, Sampling
-from alignfast.rollout.server import START, Server, ServerError
+from alignfast.rollout.server import START, RouteMissing, Server, ServerError
 from alignfast.rollout.transfer import (
     Communicator,
     NcclCommunicator,
@@ -64,6 +64,18 @@ class _Task:
     number: int
     count: int
     limit: int
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A completion as the server gave it: tokens, the number of each, log-probs under the whole distribution, its end."""
+
+    tokens: list[int]
+    values: list[float]
+    logps: list[float]
+    reason: str
+    stopped_by: int | str | None
+    text: str
 
 
 class VllmEngine:
@@ -152,13 +164,8 @@ class VllmEngine:
         """What the server's log-probs are; None where it keeps its settings to itself."""
         try:
             info = self.server.get("/server_info", config_format="json")
-        except ServerError as error:
-            if "no route" in str(error):
-                return None
-            raise
-        try:
             return info["vllm_config"]["model_config"]["logprobs_mode"]
-        except (KeyError, TypeError):
+        except (RouteMissing, KeyError, TypeError):
             return None
 
     def generate(
@@ -181,12 +188,17 @@ class VllmEngine:
             return found
         if self.sync:
             self.sync_weights()
+        stops = sampling.stop_token_ids
+        if stops is None and self.policy is not None:
+            stops = end_tokens(self.policy.base, self.tokenizer)
+        finish = Finish(self.tokenizer, frozenset(stops or ()), sampling.stop)
         pool = ThreadPoolExecutor(min(len(tasks), self.max_requests))
         try:
-            for task, completions in zip(
-                tasks, pool.map(lambda task: self._complete(task, sampling, scored), tasks)
-            ):
-                found[task.prompt] += completions
+            answers = pool.map(lambda task: self._ask(task, self._body(task, sampling, stops), scored), tasks)
+            for task, answer in zip(tasks, answers):  # the tokenizer stays on this thread
+                found[task.prompt] += [
+                    self._completion(task, drawn, sampling, stops, finish) for drawn in answer
+                ]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # after an error, what waits is not asked for
         return [row * sampling.n for row in found] if sampling.temperature == 0 else found
@@ -248,20 +260,6 @@ class VllmEngine:
             )
         return filtered
 
-    def _complete(self, task: _Task, sampling: Sampling, scored: bool) -> list[Completion]:
-        """The completions of one request."""
-        stops = sampling.stop_token_ids
-        if stops is None and self.policy is not None:
-            stops = end_tokens(self.policy.base, self.tokenizer)
-        answer = self.server.post("/v1/completions", self._body(task, sampling, stops), repeat=True)
-        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-        if len(choices) != task.count:
-            raise ServerError(
-                f"the server gave {len(choices)} completions of a prompt, expected {task.count}"
-            )
-        finish = Finish(self.tokenizer, frozenset(stops or ()), sampling.stop)
-        return [self._completion(task, choice, sampling, stops, finish, scored) for choice in choices]
-
     def _body(self, task: _Task, sampling: Sampling, stops: Sequence[int] | None) -> dict[str, Any]:
         """The request. What is left out, a server takes from the model's generation config, so nothing is."""
         return {
@@ -274,31 +272,42 @@ class VllmEngine:
             "logprobs": 0, "return_token_ids": True, "stream": False,
         }  # fmt: skip
 
+    def _ask(self, task: _Task, body: dict[str, Any], scored: bool) -> list[_Drawn]:
+        """What the server draws for one request."""
+        answer = self.server.post("/v1/completions", body, repeat=True)
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        if len(choices) != task.count:
+            raise ServerError(
+                f"the server gave {len(choices)} completions of a prompt, expected {task.count}"
+            )
+        found = []
+        for choice in choices:
+            tokens, values = _tokens(task, choice)
+            logps = self._scores(task.ids, tokens) if scored else values
+            ended = (choice["finish_reason"], choice.get("stop_reason"), choice["text"])
+            found.append(_Drawn(tokens, values, logps, *ended))
+        return found
+
     def _completion(
-        self,
-        task: _Task,
-        choice: dict[str, Any],
-        sampling: Sampling,
-        stops: Sequence[int] | None,
-        finish: Finish,
-        scored: bool,
+        self, task: _Task, drawn: _Drawn, sampling: Sampling, stops: Sequence[int] | None, finish: Finish
     ) -> Completion:
-        tokens, values = _drawn(task, choice)
-        greedy = sampling.temperature == 0
-        logps = self._scores(task.ids, tokens) if scored else values
-        completion = finish.first_end(task.ids, tokens, logps, [0.0] * len(values) if greedy else values)
-        reason, by = choice["finish_reason"], choice.get("stop_reason")
+        """The completion, ended where the other engines would end it."""
+        tokens, reason = drawn.tokens, drawn.reason
+        sampled_logps = drawn.values if sampling.temperature else [0.0] * len(tokens)
+        completion = finish.first_end(task.ids, tokens, drawn.logps, sampled_logps)
         if reason not in ("stop", "length"):
             raise ServerError(f"the server ended a completion for {reason!r}, expected 'stop' or 'length'")
-        if reason == "length" and completion.finish_reason == "length" and len(tokens) < task.limit:
-            raise ServerError(
-                f"the server cut a completion at {len(tokens)} tokens, expected {task.limit}: its own settings limit it; "
-                "start it with --generation-config vllm"
-            )
-        if reason == "length" or completion.finish_reason == "stop":
+        if completion.finish_reason == "stop":
             return completion
-        if isinstance(by, str):  # a stop text that this tokenizer spells otherwise
-            return replace(completion, finish_reason="stop", text=choice["text"])
+        if reason == "length":
+            if len(tokens) < task.limit:
+                raise ServerError(
+                    f"the server cut a completion at {len(tokens)} tokens, expected {task.limit}: its own settings limit "
+                    "it; start it with --generation-config vllm"
+                )
+            return completion
+        if isinstance(drawn.stopped_by, str):  # a stop text that this tokenizer spells otherwise
+            return replace(completion, finish_reason="stop", text=drawn.text)
         if stops is not None:
             raise ServerError(
                 f"the server stopped at token {tokens[-1]}, expected one of {list(stops)} alone: its own settings add "
@@ -354,7 +363,7 @@ def _tasks(
             yield _Task(prompt, ids, own[start], end - start, limit)
 
 
-def _drawn(task: _Task, choice: dict[str, Any]) -> tuple[list[int], list[float]]:
+def _tokens(task: _Task, choice: dict[str, Any]) -> tuple[list[int], list[float]]:
     """Tokens of a completion and the number that the server gives for each."""
     tokens, logprobs = choice.get("token_ids"), choice.get("logprobs") or {}
     values = logprobs.get("token_logprobs") or []
