@@ -200,7 +200,7 @@ class VllmEngine:
                     self._completion(task, drawn, sampling, stops, finish) for drawn in answer
                 ]
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # after an error, what waits is not asked for
+            pool.shutdown(wait=False)  # after an error, `map` drops what waits
         return [row * sampling.n for row in found] if sampling.temperature == 0 else found
 
     @torch.no_grad()
@@ -232,7 +232,6 @@ class VllmEngine:
         now = (fingerprint(sources.values()), [(weight.name, weight.adapters()) for weight in weights])
         if now == self._sent:
             return False
-        self._sent = None
         self._transfer.send(weights)
         self._sent = now
         return True

@@ -230,6 +230,9 @@ def test_filters_take_a_second_request_for_the_whole_distribution(recorded: Reco
     scoring = recorded.asked_of("/v1/completions")[1]
     assert scoring["prompt"] == [THE, CAT, SAT, CAT]
     assert (scoring["prompt_logprobs"], scoring["max_tokens"]) == (0, 1)
+    engine_of(recorded).generate([[THE] * 45], Sampling(max_new_tokens=9, top_p=0.9))
+    drawing, scoring = recorded.asked_of("/v1/completions")[2:]
+    assert drawing["max_tokens"] + 45 + scoring["max_tokens"] == 48  # the server's context
 
 
 def test_a_completion_holds_what_importance_correction_needs(recorded: RecordedServer) -> None:
@@ -392,7 +395,8 @@ def test_after_an_error_what_waits_is_not_asked_for(recorded: RecordedServer) ->
     recorded.answers["/v1/completions"] = (400, {"error": {"message": "no"}})
     with pytest.raises(ServerError):
         engine_of(recorded, max_requests=1).generate([[THE]] * 50, Sampling())
-    assert len(recorded.asked_of("/v1/completions")) < 50
+    threading.Event().wait(0.3)  # 50 requests take a third of that
+    assert len(recorded.asked_of("/v1/completions")) < 10
 
 
 # --- weights ---
@@ -510,11 +514,11 @@ def test_adapters_that_are_no_sum_are_refused_before_anything_is_sent(
     peft = pytest.importorskip("peft")
     model = make_llama(tie_word_embeddings=options.pop("tie", False))
     config = peft.LoraConfig(**{"target_modules": ["q_proj"], "r": 2, **options})
-    engine = engine_of(
-        recorded, policy=Policy(peft.get_peft_model(model, config)), communicator=FakeGroup(recorded)
-    )
+    policy = Policy(peft.get_peft_model(model, config))
     with pytest.raises(ModelRefused, match=message):
-        engine.sync_weights()
+        served_weights(policy)
+    with pytest.raises(ModelRefused, match=message):
+        engine_of(recorded, policy=policy, communicator=FakeGroup(recorded)).sync_weights()
     assert not recorded.asked_of("/pause")
 
 
@@ -532,7 +536,7 @@ def test_tied_weights_go_once() -> None:
 def test_an_update_that_fails_half_way_says_so_and_does_not_hang(recorded: RecordedServer) -> None:
     group = FakeGroup(recorded)
     engine = engine_of(recorded, policy=Policy(make_llama()), communicator=group, timeout=20)
-    recorded.answers["/update_weights"] = (500, {"error": {"message": "KeyError: 'model.embed'"}})
+    recorded.answers["/update_weights"] = (503, {"error": {"message": "KeyError: 'model.embed'"}})
     group.broadcast = lambda tensor: threading.Event().wait(60)  # its peers are gone
     with pytest.raises(
         ServerError, match=r"failed half-way, and the server stays paused.*KeyError: 'model.embed'"
@@ -610,9 +614,10 @@ def test_a_fingerprint_sees_any_element(dtype: torch.dtype, monkeypatch: pytest.
         changed = tensor.clone()
         changed[i] += 1
         assert fingerprint([changed]) != before
-    swapped = tensor.clone()
-    swapped[[2, 9]] = tensor[[9, 2]]
-    assert fingerprint([swapped]) != before
+    for pair in ([1, 6], [6, 8]):  # the same place of two chunks, and two places of one
+        swapped = tensor.clone()
+        swapped[pair] = tensor[pair[::-1]]
+        assert fingerprint([swapped]) != before
 
 
 # --- by its name ---
