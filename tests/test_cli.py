@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
+from rollout.recorded import RecordedServer
 from safetensors.torch import load_file
 from trainers.tiny import make_llama, make_pairs, make_rows, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -232,6 +233,20 @@ def test_generate_refuses_rows_without_a_prompt(
     bad = write_rows(tmp_path / "bad.jsonl", [{"prompt": "a"}, {"text": "b"}])
     assert "line 2" in fails(capsys, 1, "generate", "--model", model_dir, "--prompts", bad)
     assert "--prompt TEXT" in fails(capsys, 2, "generate", "--model", model_dir)
+
+
+def test_generate_asks_a_server(tmp_path: Path, model_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = make_tokenizer()
+    server = RecordedServer(lambda text: tokenizer(text)["input_ids"])
+    words = ["generate", "--model", model_dir, "--prompt", "the cat", "--max_new_tokens", "2"]
+    assert main([*words, "--engine", "vllm", "--server_url", server.url]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "prompt": "the cat",
+        "completion": tokenizer.decode([3, 4]),
+    }
+    server.close()
+    assert "go together" in fails(capsys, 2, *words, "--engine", "vllm")
+    assert "go together" in fails(capsys, 2, *words, "--server_url", server.url)
 
 
 def test_merged_weights_give_the_adapters_logits(tmp_path: Path, model_dir: str, adapter_dir: str) -> None:

@@ -242,7 +242,7 @@ class WeightTransfer:
         """
         if self._broken:
             raise ServerError(
-                f"an earlier weight update to {self.server.url} failed half-way: restart the server"
+                f"an earlier weight update to {self.server.url} failed half-way: restart the server, and make a new engine"
             )
         if self._group is None:
             self._group = self._open(weights[0].stored.device)

@@ -544,7 +544,7 @@ def test_an_update_that_fails_half_way_says_so_and_does_not_hang(recorded: Recor
         engine.sync_weights()
     assert not recorded.asked_of("/resume")
     assert len(recorded.asked_of("/update_weights")) == 1  # never sent twice
-    with pytest.raises(ServerError, match="failed half-way: restart the server"):
+    with pytest.raises(ServerError, match="failed half-way: restart the server, and make"):
         engine.generate(["the"], Sampling())
 
 
