@@ -21,6 +21,9 @@ _SHOWN = (
     "rewards/accuracies",
     "eval_rewards/accuracies",
     "rewards/margins",
+    "reward",
+    "eval_reward",
+    "kl",
     "grad_norm",
 )
 
