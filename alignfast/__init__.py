@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from alignfast.trainers.dpo import DPOConfig, DPOTrainer
     from alignfast.trainers.grpo import GRPOConfig, GRPOTrainer
     from alignfast.trainers.kto import KTOConfig, KTOTrainer
+    from alignfast.trainers.ppo import PPOConfig, PPOTrainer
     from alignfast.trainers.reward import RewardConfig, RewardTrainer
     from alignfast.trainers.sft import SFTConfig, SFTTrainer
 
@@ -20,6 +21,8 @@ __all__ = [
     "GRPOTrainer",
     "KTOConfig",
     "KTOTrainer",
+    "PPOConfig",
+    "PPOTrainer",
     "RewardConfig",
     "RewardTrainer",
     "SFTConfig",
@@ -35,6 +38,8 @@ _HOMES = {
     "GRPOTrainer": "alignfast.trainers.grpo",
     "KTOConfig": "alignfast.trainers.kto",
     "KTOTrainer": "alignfast.trainers.kto",
+    "PPOConfig": "alignfast.trainers.ppo",
+    "PPOTrainer": "alignfast.trainers.ppo",
     "RewardConfig": "alignfast.trainers.reward",
     "RewardTrainer": "alignfast.trainers.reward",
     "SFTConfig": "alignfast.trainers.sft",
