@@ -128,7 +128,8 @@ def value_loss(
     loss_P = (values_P - returns_P).square()
     clipped = torch.zeros_like(loss_P)
     if cliprange_value is not None:
-        near_P = old_values_P + (values_P - old_values_P).clamp(-cliprange_value, cliprange_value)
+        # not old + clip(V - old), whose rounding would count values as clipped that are not
+        near_P = values_P.clamp(old_values_P - cliprange_value, old_values_P + cliprange_value)
         far_P = (near_P - returns_P).square()
         clipped = (far_P > loss_P).to(loss_P.dtype)
         loss_P = torch.maximum(loss_P, far_P)

@@ -21,7 +21,6 @@ from alignfast.models.attention import KeyValueCache, no_mask
 from alignfast.models.head import Head, head_of
 from alignfast.models.trunk import Trunk
 
-
 ValueFn = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from alignfast.data import Batch
@@ -268,7 +267,8 @@ class PPOTrainer(OnPolicyTrainer):
 
         def value_fn(values_P: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             old_values_P, returns_P = found["values"], found["returns"]
-            assert old_values_P is not None and returns_P is not None
+            assert old_values_P is not None
+            assert returns_P is not None
             return value_loss(
                 values_P, old_values_P, returns_P,
                 num_items=num_items, vf_coef=args.vf_coef, cliprange_value=args.cliprange_value,
