@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from alignfast.trainers.grpo import GRPOConfig, GRPOTrainer
     from alignfast.trainers.kto import KTOConfig, KTOTrainer
     from alignfast.trainers.ppo import PPOConfig, PPOTrainer
+    from alignfast.trainers.ppo_step import ppo_step
     from alignfast.trainers.reward import RewardConfig, RewardTrainer
     from alignfast.trainers.sft import SFTConfig, SFTTrainer
 
@@ -28,6 +29,7 @@ __all__ = [
     "SFTConfig",
     "SFTTrainer",
     "__version__",
+    "ppo_step",
 ]
 
 # Loaded on first use: transformers takes seconds to import, and `alignfast.kernels` does without it.
@@ -44,6 +46,7 @@ _HOMES = {
     "RewardTrainer": "alignfast.trainers.reward",
     "SFTConfig": "alignfast.trainers.sft",
     "SFTTrainer": "alignfast.trainers.sft",
+    "ppo_step": "alignfast.trainers.ppo_step",
 }
 
 
