@@ -117,7 +117,7 @@ def _draw(
 ) -> tuple[list[Completion], Tensor]:
     """A completion of each prompt, and rewards_N."""
     name = "transformers" if policy.layout == "padded" else "native"
-    engine = make_engine(name, policy, tokenizer or _NoTokenizer())
+    engine = make_engine(name, policy, _NoTokenizer() if tokenizer is None else tokenizer)  # type: ignore[arg-type]
     completions = [group[0] for group in engine.generate(prompts, sampling)]
     if tokenizer is None:
         found = reward(prompts, [list(completion.token_ids) for completion in completions])
