@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from alignfast.trainers.dpo import DPOConfig, DPOTrainer
     from alignfast.trainers.grpo import GRPOConfig, GRPOTrainer
     from alignfast.trainers.kto import KTOConfig, KTOTrainer
+    from alignfast.trainers.ppo import PPOConfig, PPOTrainer
+    from alignfast.trainers.ppo_step import ppo_step
     from alignfast.trainers.reward import RewardConfig, RewardTrainer
     from alignfast.trainers.sft import SFTConfig, SFTTrainer
 
@@ -20,11 +22,14 @@ __all__ = [
     "GRPOTrainer",
     "KTOConfig",
     "KTOTrainer",
+    "PPOConfig",
+    "PPOTrainer",
     "RewardConfig",
     "RewardTrainer",
     "SFTConfig",
     "SFTTrainer",
     "__version__",
+    "ppo_step",
 ]
 
 # Loaded on first use: transformers takes seconds to import, and `alignfast.kernels` does without it.
@@ -35,10 +40,13 @@ _HOMES = {
     "GRPOTrainer": "alignfast.trainers.grpo",
     "KTOConfig": "alignfast.trainers.kto",
     "KTOTrainer": "alignfast.trainers.kto",
+    "PPOConfig": "alignfast.trainers.ppo",
+    "PPOTrainer": "alignfast.trainers.ppo",
     "RewardConfig": "alignfast.trainers.reward",
     "RewardTrainer": "alignfast.trainers.reward",
     "SFTConfig": "alignfast.trainers.sft",
     "SFTTrainer": "alignfast.trainers.sft",
+    "ppo_step": "alignfast.trainers.ppo_step",
 }
 
 

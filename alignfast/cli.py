@@ -23,6 +23,7 @@ COMMANDS = {
     "dpo": ("train", "align on pairs of a chosen and a rejected answer"),
     "kto": ("train", "align on single answers with a thumb up or down"),
     "grpo": ("train", "align on rewards of the model's own answers, compared in groups"),
+    "ppo": ("train", "align on rewards of the model's own answers, with a critic"),
     "eval": ("evaluate", "preference accuracy, reward accuracy or perplexity of a model on a file"),
     "generate": ("generate", "complete prompts"),
     "merge": ("merge", "add LoRA adapters into the weights of their model"),

@@ -324,7 +324,7 @@ def test_the_nearest_name_is_told(capsys: pytest.CaptureFixture[str], tmp_path: 
         (["dpo", "--config", "no.yaml"], 2, "no.yaml"),
         (["report", "nowhere"], 1, "metrics.jsonl"),
         (["doctor", "nowhere"], 1, "metrics.jsonl"),
-        (["init", "gprpo"], 2, "dpo_lora"),
+        (["init", "grop"], 2, "dpo_lora"),
         (["quickstart", "--seeds", "0"], 1, "seeds"),
     ],
 )

@@ -39,7 +39,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes(recipe: str, workplace: Path) -> None:
     method = recipe.split("_")[0]
-    data = {"sft": "texts.jsonl", "kto": "thumbs.jsonl", "grpo": "tasks.jsonl"}.get(method, "pairs.jsonl")
+    data = {"sft": "texts.jsonl", "kto": "thumbs.jsonl", "grpo": "tasks.jsonl", "ppo": "tasks.jsonl"}.get(
+        method, "pairs.jsonl"
+    )
     words = [
         method,
         "--config",
@@ -49,7 +51,7 @@ def test_recipes(recipe: str, workplace: Path) -> None:
         "--train_dataset",
         data,
     ]
-    if method == "grpo":
+    if method in ("grpo", "ppo"):
         words += [
             "--reward_funcs",
             "exact",
@@ -58,11 +60,14 @@ def test_recipes(recipe: str, workplace: Path) -> None:
             "--gradient_accumulation_steps",
             "1",
         ]
+    if method == "ppo":
+        words += ["--steps_per_generation", "2"]
     assert main([*words, "--max_steps", "2", "--use_cpu"]) == 0
     output = workplace / yaml.safe_load(RECIPES[recipe])["output_dir"]
     assert (output / "report.html").is_file()
     assert (output / "adapter_config.json").is_file() == (recipe == "dpo_lora")
     assert is_reward_model(str(output)) == (recipe == "reward")
+    assert (output / "critic" / "model.safetensors").is_file() == (recipe == "ppo")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -15,7 +15,7 @@ class InitOptions:
     """Which recipe, and where it goes."""
 
     recipe: str
-    """sft, reward, dpo, dpo_lora or kto."""
+    """sft, reward, dpo, dpo_lora, kto, grpo or ppo."""
     output: str | None = None
     """File to write; unless given, RECIPE.yaml."""
     force: bool = False

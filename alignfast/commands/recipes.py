@@ -168,6 +168,44 @@ save_total_limit: 2
 seed: 42
 """
 
+_PPO = """\
+# Proximal policy optimisation: alignfast ppo --config ppo.yaml
+# Any option can be given on the command line as well: --kl_coef 0.1. `alignfast ppo --help` lists all.
+
+model: YOUR_MODEL                  # a folder, or a name on the hub; best one that was fine-tuned already
+train_dataset: YOUR_PROMPTS.jsonl  # rows of {"prompt", ...}; the other columns go to the reward functions
+# eval_dataset: HELD_OUT.jsonl     # answered and scored every eval_steps and at the end
+reward_funcs: YOUR_REWARD_MODEL    # its folder; or numeric, exact, my_module:my_function
+output_dir: ppo_output             # the policy; its critic in the folder `critic` beside it
+
+critic: own                        # a trunk of its own; `shared` is a head on the policy's, for half the memory
+# value_model: YOUR_REWARD_MODEL   # where the critic starts, of the policy's vocabulary; otherwise a copy of the policy
+max_completion_length: 256
+temperature: 1.0
+missing_eos_penalty: 1.0           # off the score of an answer that was cut
+kl_coef: 0.05                      # weight of the KL to the model as it was, in the reward
+# target_kl: 6.0                   # nats of an answer, to which kl_coef is steered
+num_iterations: 4                  # passes over each draw
+
+# A minibatch is per_device_train_batch_size x gradient_accumulation_steps answers on each GPU, and a step.
+# A draw is per_device_train_batch_size x steps_per_generation answers.
+per_device_train_batch_size: 8
+gradient_accumulation_steps: 4
+steps_per_generation: 16
+max_steps: 800
+learning_rate: 1.0e-6
+critic_learning_rate: 1.0e-5
+lr_scheduler_type: constant_with_warmup
+warmup_steps: 10
+
+gradient_checkpointing: true
+logging_steps: 4
+# eval_steps: 80
+save_steps: 160
+save_total_limit: 2
+seed: 42
+"""
+
 _REFERENCE = """\
 precompute_ref_log_probs: true     # the reference is run once, beforehand: no second model in memory
 """
@@ -190,4 +228,5 @@ RECIPES = {
     + _DPO_TAIL.format(rate="1.0e-5"),
     "kto": _KTO,
     "grpo": _GRPO,
+    "ppo": _PPO,
 }

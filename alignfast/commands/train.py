@@ -1,4 +1,4 @@
-"""`alignfast sft | reward | dpo | kto | grpo`: train, save, report."""
+"""`alignfast sft | reward | dpo | kto | grpo | ppo`: train, save, report."""
 
 from __future__ import annotations
 
@@ -93,14 +93,31 @@ class FeedbackOptions:
     `regex:PATTERN`, an import path `package.module:function`, or a reward model's folder. Must be given."""
 
 
+@dataclass(frozen=True)
+class CriticOptions(FeedbackOptions):
+    """What scores the completions, what they are measured against, and where the critic starts."""
+
+    value_model: str | None = None
+    """Folder or hub name that the critic starts from: a reward model, a critic that was saved, or a language model. Unless
+    given, a copy of the policy with a fresh head."""
+    ref_model: str | None = None
+    """Folder or hub name of the reference; unless given, the model as it was before training."""
+
+
 _TRAINERS = {
     "sft": "SFTTrainer",
     "reward": "RewardTrainer",
     "dpo": "DPOTrainer",
     "kto": "KTOTrainer",
     "grpo": "GRPOTrainer",
+    "ppo": "PPOTrainer",
 }
-_MORE_OPTIONS = {"dpo": ReferenceOptions, "kto": ReferenceOptions, "grpo": FeedbackOptions}
+_MORE_OPTIONS = {
+    "dpo": ReferenceOptions,
+    "kto": ReferenceOptions,
+    "grpo": FeedbackOptions,
+    "ppo": CriticOptions,
+}
 
 
 def run(command: str, argv: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -86,6 +87,15 @@ def weight_and_bias(module: Any) -> tuple[Tensor, Tensor | None]:
     if not isinstance(module, nn.Linear):
         raise ModelRefused(f"the head is a {type(module).__name__}, expected torch.nn.Linear")
     return module.weight, module.bias
+
+
+def readout(hidden_ND: Tensor, weight_HD: Tensor, bias_H: Tensor | None) -> Tensor:
+    """A small linear head's outputs (N, H), in float32 or float64: in 16 bits, also under autocast, a reward would keep three
+    digits."""
+    dtype = torch.promote_types(weight_HD.dtype, torch.float32)
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        bias_H = None if bias_H is None else bias_H.to(dtype)
+        return nn.functional.linear(hidden_ND.to(dtype), weight_HD.to(dtype), bias_H)
 
 
 def _merged(layer: Any) -> tuple[Tensor, Tensor | None]:

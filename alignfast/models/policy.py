@@ -6,7 +6,7 @@ Letters: L tokens, P predictions, N rows, D width, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,8 @@ from alignfast.kernels.linear_loss import LossFn
 from alignfast.models.attention import KeyValueCache, no_mask
 from alignfast.models.head import Head, head_of
 from alignfast.models.trunk import Trunk
+
+ValueFn = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 
 class Policy(Trunk):
@@ -50,6 +52,7 @@ class Policy(Trunk):
         group_sizes: Sequence[int] | None = None,
         router_weight: float = 1.0,
         temperature: float = 1.0,
+        value_fn: ValueFn | None = None,
     ) -> Any:
         """Log-probs of a batch, or a loss on them.
 
@@ -60,6 +63,7 @@ class Policy(Trunk):
             group_sizes: predictions that `loss_fn` must see together.
             router_weight: this batch's share of the step, by which a mixture's router loss is weighed.
             temperature: divisor of the logits: what the tokens were sampled at.
+            value_fn: a loss on the critic's values_P with its metrics, added to loss_fn's; for a policy that has a critic.
 
         Returns:
             (loss, metrics), or without a loss_fn logps_P in float32, without gradient.
@@ -75,10 +79,17 @@ class Policy(Trunk):
             stats=stats, group_sizes=group_sizes, bias_V=head.bias_V, scale=head.scale, softcap=head.softcap,
             temperature=temperature, backend=self.backend,
         )  # fmt: skip
+        if value_fn is not None:
+            value_loss, of_values = value_fn(self.values_of(batch, hidden_PD))
+            loss, metrics = loss + value_loss, {**metrics, **of_values}
         if router_loss is not None:
             loss = loss + router_weight * router_loss
             metrics = {**metrics, "router_loss": router_weight * router_loss.detach()}
         return loss, metrics
+
+    def values_of(self, batch: Batch, hidden_PD: Tensor) -> Tensor:
+        """values_P of the states in which a batch's tokens were written: what a policy with a critic has."""
+        raise NotImplementedError(f"{type(self).__name__} has no critic")
 
     def _token_logps(self, hidden_PD: Tensor, target_P: Tensor, temperature: float) -> Tensor:
         head = head_of(self.base)

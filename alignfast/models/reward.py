@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from alignfast.data.packing import Batch, Tree
 from alignfast.models.attention import ModelRefused, attention_set
-from alignfast.models.head import weight_and_bias
+from alignfast.models.head import readout, weight_and_bias
 from alignfast.models.trunk import PROBE_TOLERANCE, Trunk
 
 RewardFn = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -139,12 +139,7 @@ class RewardModel(Trunk):
         return getattr(self.base, HEAD)
 
     def _rewards(self, hidden_SD: Tensor) -> Tensor:
-        weight_HD, bias_H = weight_and_bias(self._head)
-        # In 16 bits, also under autocast, a reward would keep three digits.
-        dtype = torch.promote_types(weight_HD.dtype, torch.float32)
-        with torch.autocast(hidden_SD.device.type, enabled=False):
-            bias_H = None if bias_H is None else bias_H.to(dtype)
-            return nn.functional.linear(hidden_SD.to(dtype), weight_HD.to(dtype), bias_H)
+        return readout(hidden_SD, *weight_and_bias(self._head))
 
     def _probe_of(self, hidden_ND: Tensor) -> Tensor:
         return hidden_ND

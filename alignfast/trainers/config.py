@@ -230,6 +230,11 @@ class TrainerConfig:
         return name if name.startswith("eval_") else f"eval_{name}", greater
 
     @property
+    def learning_rates(self) -> dict[str, float]:
+        """Step sizes of the parameters whose names begin so, where it is not `learning_rate`."""
+        return {}
+
+    @property
     def loading(self) -> dict[str, Any]:
         """What loading a model takes of these options."""
         names = (

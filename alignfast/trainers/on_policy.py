@@ -131,6 +131,7 @@ class OnPolicyTrainer(Trainer):
     formats = PROMPT_FORMATS
     engine: RolloutEngine
     completions_of_each = 1  # prompt
+    ref_model: Any = None  # the reference; None is the model as it was given
 
     def __init__(
         self,
@@ -212,6 +213,11 @@ class OnPolicyTrainer(Trainer):
         return 1
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether the reference's log-probs are asked for."""
+        return self.args.beta > 0
+
+    @property
     def modules_in_memory(self) -> list[nn.Module]:
         """The policy, and the reference where it is a second model."""
         return [self.module, *([self.reference.policy] if isinstance(self.reference, FrozenModel) else [])]
@@ -232,8 +238,8 @@ class OnPolicyTrainer(Trainer):
             raise ValueError(
                 "fsdp shards the weights that the engine samples with: leave it out, or use LoRA"
             )
-        options = ReferenceOptions(needed=args.beta > 0, temperature=args.temperature)
-        self.reference: Any = make_reference(self, None, options)
+        options = ReferenceOptions(needed=self.needs_reference, temperature=args.temperature)
+        self.reference: Any = make_reference(self, self.ref_model, options)
         if args.engine == "vllm" and self.accelerator.num_processes > 1:
             raise ValueError(
                 "engine='vllm' serves one process: run without torchrun, or take engine='native'"
@@ -250,19 +256,28 @@ class OnPolicyTrainer(Trainer):
         if number != self.drawn_at:
             self.experience, self.drawn_at = self.collect(number), number
         steps = self.plan.steps_per_draw // self.args.num_iterations
-        size = len(self.experience.trees) // steps
-        rows = range(place % steps * size, (place % steps + 1) * size)
-        trees = self.experience.trees
+        iteration, part = divmod(place, steps)
+        order, trees = self.order(number, iteration), self.experience.trees
+        first, last = (len(order) * i // steps for i in (part, part + 1))
+        rows = order[first : max(first + 1, last)]  # fewer completions than steps: neighbours share one
         self.step_counts = {
             "tokens": sum(sum(num_predictions(trees[row])) for row in rows),
-            "sequences": size,
+            "sequences": len(rows),
         }
         kept = [row for row in rows if self._teaches(row)] or [rows[0]]
         return self.experience.data, _whole_on_ranks(kept, self.accelerator.num_processes)
 
+    def order(self, number: int, iteration: int) -> list[int]:
+        """The completions of a draw in the order in which a pass over it takes them."""
+        return list(range(len(self.experience.trees)))
+
     def _teaches(self, row: int) -> bool:
         """Whether a completion has a gradient."""
         return True
+
+    def trains_on(self, of: Drawn) -> bool:
+        """Whether a completion's tokens carry loss."""
+        return not (self.args.mask_truncated_completions and of.completion.finish_reason == "length")
 
     def collect(self, number: int) -> Experience:
         """Draw completions, and say what each is worth."""
@@ -292,14 +307,14 @@ class OnPolicyTrainer(Trainer):
         experience = Experience(metrics=metrics)
         for of in drawn:
             completion = of.completion
-            cut = self.args.mask_truncated_completions and completion.finish_reason == "length"
-            mask = tuple(wrote and not cut for wrote in completion.mask)
+            trained = self.trains_on(of)
+            mask = tuple(wrote and trained for wrote in completion.mask)
             experience.trees.append(Tree(completion.prompt_ids, (completion.token_ids,), (mask,)))
-            logps = [logp for logp, trained in zip(completion.logps, mask) if trained]
+            logps = [logp for logp, counts in zip(completion.logps, mask) if counts]
             experience.old_logps.append(torch.tensor(logps))
         if self.engine.name == "vllm":
             correct(self, experience, drawn)
-        if self.args.beta:
+        if self.needs_reference:
             experience.more["ref_logps"] = self.of_tokens(experience, self.reference.token_logps)
         return experience
 

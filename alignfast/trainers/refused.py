@@ -75,6 +75,15 @@ _REASONS: dict[str, tuple[str, ...]] = {
     ),
     "reference log-probs are computed in batches of per_device_eval_batch_size": ("precompute_ref_batch_size",),
     "name a loss_type that needs no reference": ("reference_free",),
+    "passes over a draw are num_iterations": ("num_ppo_epochs", "ppo_epochs"),
+    "a draw is steps_per_generation micro-batches, and a step gradient_accumulation_steps of them": (
+        "num_mini_batches", "num_minibatches", "mini_batch_size", "ppo_mini_batch_size", "local_rollout_forward_batch_size",
+    ),
+    "it is called max_completion_length": ("response_length",),
+    "it is called kl_coef": ("init_kl_coef", "kl_penalty_coef"),
+    "target_kl alone asks for an adaptive weight of the KL": ("adap_kl_ctrl", "kl_ctrl"),
+    "it is called whiten_advantages": ("whiten_adv",),
+    "pass the reward model's folder as reward_funcs": ("reward_model", "reward_model_path"),
     "max_length bounds prompt and completion together": ("max_prompt_length", "max_completion_length"),
 }  # fmt: skip
 REFUSED = {name: reason for reason, names in _REASONS.items() for name in names}

@@ -104,12 +104,18 @@ def make_optimizer(model: nn.Module, config: TrainerConfig) -> torch.optim.AdamW
     if not trained:
         raise ValueError("no parameter of the model wants a gradient: all are frozen")
     decayed = set(get_parameter_names(model, [nn.LayerNorm], _NO_DECAY))
-    groups = [
+    rates = {"": config.learning_rate, **config.learning_rates}
+    rate_of = {name: rates[max(filter(name.startswith, rates), key=len)] for name in trained}
+    groups: list[dict[str, Any]] = [
         {
-            "params": [p for name, p in trained.items() if name in decayed],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [p for name, p in trained.items() if name not in decayed], "weight_decay": 0.0},
+            "params": [
+                p for name, p in trained.items() if (name in decayed, rate_of[name]) == (decays, rate)
+            ],
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "lr": rate,
+        }
+        for rate in dict.fromkeys(rates.values())
+        for decays in (True, False)
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],

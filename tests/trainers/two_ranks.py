@@ -26,7 +26,7 @@ from trainers.tiny import (
 )
 from transformers import TrainerCallback
 
-from alignfast import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
+from alignfast import DPOTrainer, GRPOTrainer, KTOTrainer, PPOTrainer, RewardTrainer, SFTTrainer
 from alignfast.trainers.interrupt import TrainingInterrupted
 from alignfast.trainers.state import whole
 
@@ -38,6 +38,7 @@ def num_words(completions, **columns):
 
 
 LORA = dict(peft_config=dict(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"]))
+PPO = dict(reward_funcs=num_words, max_completion_length=6, learning_rate=2e-3)
 METHODS = {
     "sft": (SFTTrainer, {}),
     "sft-tied": (SFTTrainer, {}),
@@ -53,16 +54,22 @@ METHODS = {
     "reward": (RewardTrainer, dict(num_heads=3, center_rewards_coefficient=0.1, learning_rate=2e-3)),
     "reward-lora": (RewardTrainer, LORA),
     "grpo": (GRPOTrainer, dict(reward_funcs=num_words, max_completion_length=6, num_generations=2, beta=0.1)),
+    "ppo": (PPOTrainer, dict(PPO, num_iterations=2)),  # one draw: the second step resumes in the middle of it
+    "ppo-shared": (
+        PPOTrainer,
+        dict(PPO, num_iterations=1, critic="shared", target_kl=0.1, kl_horizon=50, whiten_rewards=True),
+    ),
 }
-ON_POLICY = ("grpo",)  # which sample with whole weights: no fsdp
+ON_POLICY = ("grpo", "ppo", "ppo-shared")  # which sample with whole weights: no fsdp
 ROWS = {
     SFTTrainer: make_rows,
     GRPOTrainer: make_rows,
+    PPOTrainer: make_rows,
     DPOTrainer: make_pairs,
     KTOTrainer: make_thumbs,
     RewardTrainer: make_rankings,
 }
-RESUMED = ("sft", "dpo-lora", "dpo-precomputed", "kto", "reward", "grpo")
+RESUMED = ("sft", "dpo-lora", "dpo-precomputed", "kto", "reward", "grpo", "ppo", "ppo-shared")
 SHARDINGS = ("ddp", "fsdp")
 CASES = [(m, s) for m in METHODS for s in SHARDINGS if s == "ddp" or m not in ON_POLICY]
 
@@ -106,6 +113,10 @@ def run(folder: Path, method: str, fsdp: bool, resume: bool = False) -> None:
     trainer.train(resume_from_checkpoint=str(folder / "checkpoints" / "step-2") if resume else None)
     assert fsdp == any(isinstance(p, DTensor) for p in trainer.module.parameters())
     state = {name: whole(tensor).clone().contiguous() for name, tensor in trainer.model.state_dict().items()}
+    if trainer_class is PPOTrainer:
+        state |= {
+            f"critic.{name}": tensor.clone() for name, tensor in trainer.module.critic.state_dict().items()
+        }
     if trainer.accelerator.is_main_process:
         suffix = "-resumed" if resume else ""
         gradients = {str(step): gradient for step, gradient in enumerate(keep.gradients)}
