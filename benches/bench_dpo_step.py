@@ -9,41 +9,26 @@ The loss curves must agree within 1e-4.
 
 from __future__ import annotations
 
-import json
 import os
-import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import need
+import sides
+from harness import need, sizes
+from sides import AS_IT_COMES
 
-# What keeps glibc from giving memory back, and so from faulting it in again
-TUNED = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "20000000000",
-    "MALLOC_TOP_PAD_": "1000000000",
-}
-STEPS = {"tiny": 20, "135m": 20, "long": 20}
+STEPS = sizes(20, 2)
 SAME_LOSS = 1e-4
-AS_IT_COMES = "alignfast as it comes"
 _RESULTS: dict[tuple[str, str, str], dict[str, Any]] = {}
 
 
 def run(provider: str, shape: str, allocator: str, folder: Path) -> dict[str, Any]:
     """One process; its result is kept for the comparison at the end."""
-    tuned = TUNED if allocator == "tuned" else {}
-    command = [
-        sys.executable, str(Path(__file__).with_name("dpo_step.py")), "--provider", provider.split()[0],
-        "--shape", shape, "--steps", str(STEPS[shape]), "--output", str(folder),
-        "--keep-cpu-memory", "yes" if provider == AS_IT_COMES else "no",
-    ]  # fmt: skip
-    done = subprocess.run(command, env={**os.environ, **tuned}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout.splitlines()[-1])
-    _RESULTS[shape, allocator, provider] = result
+    steps = ("--shape", shape, "--steps", str(STEPS))
+    result = _RESULTS[shape, allocator, provider] = sides.run(
+        "dpo_step.py", provider, allocator, folder, *steps
+    )
     return result
 
 
@@ -61,17 +46,13 @@ def bench_dpo_step(benchmark, provider: str, allocator: str, shape: str, tmp_pat
                 pytest.skip(f"{name} is not set")
     benchmark.group = f"dpo step {shape}, allocator {allocator}"
     result = benchmark.pedantic(run, args=(provider, shape, allocator, tmp_path), rounds=1)
-    wall, cpu = result["wall"][1:], result["cpu"][1:]
     benchmark.extra_info.update(
         {
             "provider": provider,
             "shape": shape,
             "allocator": allocator,
-            "step_s_min": min(wall),
-            "step_s_median": statistics.median(wall),
-            "cpu_s_median": statistics.median(cpu),
-            "peak_mib": result["peak_mib"],
             "losses": result["losses"],
+            **sides.step_times(result),
         }
     )
     peer = _RESULTS.get((shape, allocator, "alignfast"))

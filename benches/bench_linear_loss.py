@@ -13,7 +13,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import device, measure, need, relative_error
+from harness import compiled, device, measure, need, relative_error
 from torch import Tensor
 
 from alignfast.kernels import linear_loss, linear_token_logps, report
@@ -55,7 +55,7 @@ def provider(name: str) -> Loss:
         if not hasattr(F, "linear_cross_entropy"):
             pytest.skip("torch's F.linear_cross_entropy came with 2.13")
         return lambda h, w, t: F.linear_cross_entropy(h, w, t)
-    return torch.compile(eager) if name == "compile" else eager
+    return compiled(eager) if name == "compile" else eager
 
 
 def _liger(functional, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:  # type: ignore[no-untyped-def]

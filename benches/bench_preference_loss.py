@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import device, measure, relative_error
+from harness import compiled, device, measure, relative_error
 from torch import Tensor
 
 from alignfast.kernels import packed_preference_loss, report
@@ -30,7 +30,7 @@ def provider(name: str):  # type: ignore[no-untyped-def]
     if name.startswith("alignfast"):
         backend = name.split()[1]
         return lambda *inputs: packed_preference_loss(*inputs, beta=0.1, backend=backend).loss_N
-    return torch.compile(eager) if name == "compile" else eager
+    return compiled(eager) if name == "compile" else eager
 
 
 @pytest.mark.parametrize(("N", "L"), SHAPES)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from harness import device, measure, need, relative_error
+from harness import compiled, device, measure, need, relative_error
 from torch import Tensor
 
 from alignfast.kernels import report, token_logps
@@ -55,7 +55,7 @@ def provider(name: str) -> Call:
             if entropy
             else (liger.liger_selective_log_softmax(logits_TV[None], targets_T[None])[0],)
         )
-    return torch.compile(eager) if name == "compile" else eager
+    return compiled(eager) if name == "compile" else eager
 
 
 def inputs(T: int, V: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

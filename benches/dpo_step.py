@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import sizes
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
@@ -30,7 +31,10 @@ class Work:
     pairs: int
 
 
-WORKS = {"tiny": Work(128, 64, 8), "long": Work(2048, 64, 2), "135m": Work(0, 0, 2)}
+WORKS = sizes(
+    {"tiny": Work(128, 64, 8), "long": Work(2048, 64, 2), "135m": Work(0, 0, 2)},
+    {"tiny": Work(9, 5, 2), "long": Work(40, 5, 2), "135m": Work(0, 0, 2)},
+)
 TINY = {
     "vocab_size": 32_000,
     "hidden_size": 256,

@@ -16,11 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 PACKAGES = (
     "torch",
@@ -33,6 +35,18 @@ PACKAGES = (
     "alignfast",
 )
 _LIMIT_BYTES = 256 << 20  # beyond every cache but the largest servers', for the bandwidths
+
+
+def sizes(full: T, smallest: T) -> T:
+    """What a bench runs at: `smallest` where ALIGNFAST_BENCH_SMOKE is set, to see that it runs; such times mean nothing."""
+    return smallest if os.environ.get("ALIGNFAST_BENCH_SMOKE") else full
+
+
+def compiled(call: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile for the shapes that it meets: not for any shape, nor eager after too many, as earlier benches may leave
+    it."""
+    torch._dynamo.reset()
+    return torch.compile(call, dynamic=False)
 
 
 @dataclass(frozen=True)
@@ -129,6 +143,7 @@ def measure(
     read_bytes: float | None = None,
     moved_bytes: float | None = None,
     flops: float | None = None,
+    tokens: int | None = None,
     setup: Callable[[], None] | None = None,
     rounds: int = 7,
 ) -> None:
@@ -144,6 +159,7 @@ def measure(
         read_bytes: bytes that must be read at least; set it or one of the next two.
         moved_bytes: bytes that must be read and written at least.
         flops: floating-point operations that must be done at least.
+        tokens: drawn by a call, where that is what it is for.
         setup: called before every round, outside the time.
         rounds: timed calls.
     """
@@ -169,6 +185,8 @@ def measure(
         }
     if flops:
         row |= {"gflop_s": flops / seconds / 1e9, "share": flops / seconds / 1e9 / limits().gemm_gflop_s}
+    if tokens:
+        row["tokens"] = tokens
     benchmark.extra_info.update(row)
 
 

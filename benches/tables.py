@@ -1,7 +1,7 @@
 """pytest-benchmark's JSON as Markdown tables: `python benches/tables.py results.json > results.md`.
 
-One table a group. Times are minima over the rounds, which other work on the machine disturbs least, then medians; the
-DPO steps, which run once a side, stand as medians over their steps, beside the peer under the same malloc.
+One table a group. Times are minima over the rounds, which other work on the machine disturbs least, then medians; whole
+training steps, which run once a side, stand as medians over their steps, beside the peer under the same malloc.
 """
 
 from __future__ import annotations
@@ -12,6 +12,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 Row = dict[str, Any]
+# What the names of groups begin with, the table's title, and what the peer's row says of the sides' agreement
+STEPS = (
+    ("dpo step", "DPO step", ("loss_difference", "largest difference of a loss")),
+    ("grpo step", "GRPO step", ("gradient_difference", "largest difference of a gradient norm, replayed")),
+)
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -27,12 +32,16 @@ def markdown(report: dict[str, Any]) -> str:
         f"{limits['read_gb_s']:.1f} GB/s, copying {limits['copy_gb_s']:.1f} GB/s, matrix products "
         f"{limits['gemm_gflop_s']:.0f} GFLOP/s."
     ]
-    steps = [row for rows in groups.values() for row in rows if "step_s_median" in row]
-    if steps:
-        parts.append("## DPO step\n\n" + dpo_table(steps))
+    for kind, title, checked in STEPS:
+        steps = [row for name, rows in groups.items() if name.startswith(kind) for row in rows]
+        if steps:
+            parts.append(f"## {title}\n\n{step_table(steps, checked)}")
+        if any(row.get("parts") for row in steps):
+            parts.append(f"## Parts of our {title}, seconds\n\n{parts_table(steps)}")
     for name, rows in groups.items():
         if "step_s_median" not in rows[0]:
-            parts.append(f"## {name}\n\n{kernel_table(rows)}")
+            of_tokens = "tokens" in rows[0]
+            parts.append(f"## {name}\n\n{rollout_table(rows) if of_tokens else kernel_table(rows)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -56,8 +65,37 @@ def kernel_table(rows: Sequence[Row]) -> str:
     )
 
 
-def dpo_table(rows: Sequence[Row]) -> str:
-    """Ours beside the peer's, shape by shape."""
+def rollout_table(rows: Sequence[Row]) -> str:
+    """Providers by shape, fastest first, with tokens a second."""
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    ordered = sorted(rows, key=lambda row: (shapes.index(row["shape"]), row["min"]))
+    return table(
+        ["shape", "provider", "min s", "median s", "tokens/s, best", "tokens/s, median", "rounds"],
+        (
+            [row["shape"], row["provider"]]
+            + [f"{row[name]:.2f}" for name in ("min", "median")]
+            + [f"{row['tokens'] / row[name]:.0f}" for name in ("min", "median")]
+            + [str(row["rounds"])]
+            for row in ordered
+        ),
+    )
+
+
+def parts_table(rows: Sequence[Row]) -> str:
+    """Where the medians of our steps go."""
+    ours = [row for row in rows if row.get("parts")]
+    names = list(dict.fromkeys(name for row in ours for name in row["parts"]))
+    return table(
+        ["shape", "malloc", *names],
+        (
+            [row["shape"], _malloc(row)] + [f"{row['parts'].get(name, 0.0):.3f}" for name in names]
+            for row in ours
+        ),
+    )
+
+
+def step_table(rows: Sequence[Row], checked: tuple[str, str]) -> str:
+    """Ours beside the peer's, shape by shape; `checked` is a column of the peer's rows, and its title."""
     by = {(row["shape"], row["allocator"], row["provider"]): row for row in rows}
     lines = []
     for shape, allocator in dict.fromkeys((row["shape"], row["allocator"]) for row in rows):
@@ -67,17 +105,21 @@ def dpo_table(rows: Sequence[Row]) -> str:
             if ours is None or peer is None:
                 continue
             lines.append(
-                [shape, allocator if name == "alignfast" else "installed; ours as it comes"]
+                [shape, _malloc(ours)]
                 + [f"{row['step_s_median']:.2f} ({row['cpu_s_median']:.2f})" for row in (ours, peer)]
                 + [f"{peer['step_s_median'] / ours['step_s_median']:.1f}"]
                 + [f"{row['peak_mib'] / 1024:.2f}" for row in (ours, peer)]
-                + [f"{peer['loss_difference']:.1e}", str(len(ours["losses"]))]
+                + [f"{peer[checked[0]]:.1e}", str(ours.get("steps") or len(ours["losses"]))]
             )
     return table(
         ["shape", "malloc", "alignfast s (CPU)", "TRL s (CPU)", "times faster", "alignfast GiB", "TRL GiB",
-         "largest difference of a loss", "steps"],
+         checked[1], "steps"],
         lines,
     )  # fmt: skip
+
+
+def _malloc(row: Row) -> str:
+    return row["allocator"] if row["provider"] == "alignfast" else "installed; ours as it comes"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

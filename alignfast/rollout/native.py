@@ -9,6 +9,7 @@ Letters: L tokens of prompts, R prompts, S sequences, M pages of a sequence, D w
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -44,6 +45,9 @@ class NativeEngine:
             sequences wait.
         max_prefill_tokens: of prompts in one forward pass.
 
+    Attributes:
+        seconds: of the last call: `prefill` and `decode`, drawing included.
+
     >>> engine = NativeEngine(Policy(model), tokenizer)  # doctest: +SKIP
     >>> engine.generate(["The cat"], Sampling(max_new_tokens=8))[0][0].text  # doctest: +SKIP
     ' sat on the mat.'
@@ -66,6 +70,7 @@ class NativeEngine:
         self.policy, self.tokenizer = policy, tokenizer
         self.max_sequences, self.cache_tokens = max_sequences, cache_tokens
         self.max_prefill_tokens = max_prefill_tokens
+        self.seconds = {"prefill": 0.0, "decode": 0.0}
         self._cache: PagedCache | None = None
         self._probed = False
 
@@ -83,6 +88,7 @@ class NativeEngine:
         encoded = [tuple(encode_prompt(self.tokenizer, prompt)) for prompt in prompts]
         check_room(encoded, self.policy.vocabulary, self.policy.positions)
         sequences = self._sequences(encoded, sampling, sequence_ids)
+        self.seconds = {"prefill": 0.0, "decode": 0.0}
         found: dict[int, Completion] = {}
         if sequences:
             with self._attached():
@@ -164,13 +170,15 @@ class NativeEngine:
         scheduler = Scheduler(sequences, pages, self.max_sequences, self.max_prefill_tokens)
         step = _Step(self.policy, cache, sampling)
         while not scheduler.done:
-            started = scheduler.admit()
+            started, began = scheduler.admit(), time.perf_counter()
             drawn = started.sequences
             if drawn:
                 step.prefill(started)
             else:
                 drawn = scheduler.running
                 step.decode(drawn)
+            # a step ends by reading its tokens, so that a GPU is not ahead of the clock
+            self.seconds["prefill" if started.sequences else "decode"] += time.perf_counter() - began
             ended = {}
             for sequence in drawn:
                 completion = finish.completion(sequence)

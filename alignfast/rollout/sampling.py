@@ -81,9 +81,15 @@ class Completion:
 
 
 class RolloutEngine(Protocol):
-    """What trainers, evaluation and the server ask completions of."""
+    """What trainers, evaluation and the server ask completions of.
+
+    Attributes:
+        name: as `make_engine` knows it.
+        seconds: of the last call, by its parts (`prefill`, `decode`), where the engine can tell them apart.
+    """
 
     name: str
+    seconds: dict[str, float]
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, sequence_ids: Sequence[int] | None = None

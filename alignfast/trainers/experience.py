@@ -147,7 +147,8 @@ def draw(
         first_number: of the first completion's random numbers; the others follow it.
 
     Returns:
-        The completions, those of a prompt next to each other; and the seconds that sampling and scoring took.
+        The completions, those of a prompt next to each other; and the seconds that sampling and scoring took, with the
+        parts of sampling that the engine tells.
 
     Raises:
         RuntimeError: not one completion of the draw got a reward.
@@ -177,7 +178,8 @@ def draw(
         completion_ids=[list(completion.token_ids) for completion in completions],
         trainer_state=trainer.state,
     )
-    seconds = {"seconds/sampling": sampled - began, "seconds/rewards": time.perf_counter() - sampled}
+    seconds = {f"seconds/{part}": value for part, value in engine.seconds.items()}
+    seconds |= {"seconds/sampling": sampled - began, "seconds/rewards": time.perf_counter() - sampled}
     if scores.failures:
         trainer.log.warn(f"left out of training:\n{scores.summary()}")
     drawn = [

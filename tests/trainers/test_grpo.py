@@ -313,6 +313,7 @@ def test_metrics_bear_trls_names(tmp_path):
     names = "reward reward_std frac_reward_zero_std entropy kl clip_ratio/low_mean clip_ratio/high_mean clip_ratio/region_mean"
     names += " completions/mean_length completions/clipped_ratio rewards/share_of_the/mean seconds/sampling"
     assert set(names.split()) <= set(rows[0])
+    assert 0 < rows[0]["seconds/prefill"] + rows[0]["seconds/decode"] <= rows[0]["seconds/sampling"]
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
 
 

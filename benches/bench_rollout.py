@@ -1,0 +1,106 @@
+"""Completions of prompts: our engine beside `model.generate`, whole calls in one process, so that both have one malloc.
+
+4 prompts of 128 tokens, 8 completions of 64 tokens each, without a stop, float32 on a CPU, at temperature 1 without filters:
+what a GRPO step draws. `generate` gives tokens alone; `generate with log-probs` is our engine around it, which gives what
+ours always gives. Weights are changed by no one; that greedy decoding gives `generate`'s own tokens is checked first.
+What makes malloc keep its memory (`sides.TUNED`) is for the environment of the whole run.
+`ALIGNFAST_BENCH_MODEL` names the 135M model's folder; without it that row is skipped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from dpo_step import model_and_tokenizer
+from harness import device, measure, sizes
+from transformers import GenerationConfig
+
+from alignfast.models.policy import Policy
+from alignfast.rollout import RolloutEngine, Sampling, make_engine
+
+PROMPTS, EACH = sizes((4, 8), (2, 2))
+PROMPT_TOKENS, NEW_TOKENS = sizes((128, 64), (9, 5))
+ROUNDS = sizes(7, 1)
+PROVIDERS = ["alignfast native", "generate", "generate with log-probs"]
+
+
+@cache
+def model_of(shape: str) -> tuple[Any, Any]:
+    """Model and tokenizer, with no defaults of generation that `generate` could fill in."""
+    model, tokenizer = model_and_tokenizer(shape)
+    model.generation_config = GenerationConfig()
+    return model.to(device(), torch.float32 if device().type == "cpu" else torch.bfloat16).eval(), tokenizer
+
+
+@cache
+def engine_of(shape: str, name: str) -> RolloutEngine:
+    """One engine for all rounds, as a trainer has it; its first call probes the model."""
+    model, tokenizer = model_of(shape)
+    return make_engine(name, Policy(model), tokenizer)
+
+
+def prompts_of(round_number: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(round_number)
+    return torch.randint(0, 31_000, (PROMPTS, PROMPT_TOKENS), generator=generator).tolist()
+
+
+def generate(model: Any, prompts: list[list[int]], each: int, temperature: float) -> list[list[int]]:
+    """New tokens of every completion by transformers alone."""
+    ids_BL = torch.tensor(prompts, device=device()).repeat_interleave(each, 0)
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    config = GenerationConfig(
+        max_new_tokens=NEW_TOKENS, pad_token_id=0, **(drawn if temperature else {"do_sample": False})
+    )
+    with torch.no_grad():
+        out_BL = model.generate(ids_BL, attention_mask=torch.ones_like(ids_BL), generation_config=config)
+    return out_BL[:, len(prompts[0]) :].tolist()
+
+
+def sampling(each: int, temperature: float, seed: int) -> Sampling:
+    return Sampling(max_new_tokens=NEW_TOKENS, n=each, temperature=temperature, seed=seed, stop_token_ids=())
+
+
+def provider(name: str, shape: str) -> Callable[[int], list[list[int]]]:
+    """Tokens of all completions of a round; each round has prompts of its own."""
+    if name == "generate":
+        model = model_of(shape)[0]
+        return lambda number: generate(model, prompts_of(number), EACH, 1.0)
+    engine = engine_of(shape, "native" if name == "alignfast native" else "transformers")
+
+    def ours(number: int) -> list[list[int]]:
+        found = engine.generate(prompts_of(number), sampling(EACH, 1.0, number))
+        return [list(completion.token_ids) for group in found for completion in group]
+
+    return ours
+
+
+@cache
+def check_greedy(shape: str) -> None:
+    """Both take the likeliest token each time, and it is the same one."""
+    ours = engine_of(shape, "native").generate(prompts_of(0), sampling(1, 0.0, 0))
+    theirs = generate(model_of(shape)[0], prompts_of(0), 1, 0.0)
+    assert [list(completion.token_ids) for (completion,) in ours] == theirs
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+@pytest.mark.parametrize("shape", ["tiny", "135m"])
+def bench_rollout(benchmark, name: str, shape: str) -> None:  # type: ignore[no-untyped-def]
+    if shape == "135m" and "ALIGNFAST_BENCH_MODEL" not in os.environ:
+        pytest.skip("ALIGNFAST_BENCH_MODEL is not set")
+    benchmark.group = "rollouts"
+    check_greedy(shape)
+    call, number = provider(name, shape), iter(range(1, 1000))
+
+    def one_round() -> None:
+        drawn = call(next(number))
+        assert [len(tokens) for tokens in drawn] == [NEW_TOKENS] * (PROMPTS * EACH)
+
+    measure(
+        benchmark, one_round, provider=name, shape=f"{shape}, {PROMPTS} x {EACH}, {PROMPT_TOKENS} + {NEW_TOKENS}",
+        tokens=PROMPTS * EACH * NEW_TOKENS, rounds=ROUNDS,
+    )  # fmt: skip

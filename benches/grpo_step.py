@@ -1,0 +1,244 @@
+"""GRPO steps of one trainer on one shape, in a process of its own: `bench_grpo_step.py` runs it for each side.
+
+A step draws completions of fresh prompts, scores them by a trivial function, and trains on them once. Both sides get the
+same model, prompts, reward, AdamW and options; with `beta` both compute the same reference, a frozen copy. No token ends
+a completion: both believe in an end token that the model can't draw. Samples differ between the sides, so `--replay yes`
+gives both the same completions instead of sampling, to compare what they log of the same steps.
+
+Prints one JSON line: wall and CPU seconds of each step, the rows that were logged, the peak resident memory of the
+process, and of our side the seconds of the step's parts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from dpo_step import TINY, Clock
+from harness import sizes
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedTokenizerFast as Tokenizer
+
+EACH = sizes(8, 2)  # completions of a prompt
+END = TINY["vocab_size"]  # one past the tokens that the model knows
+
+
+@dataclass(frozen=True)
+class Work:
+    """Sizes of one row of the table: prompts of a step, tokens of prompt and answer, weight of the KL."""
+
+    prompts: int
+    prompt: int
+    answer: int
+    beta: float = 0.0
+
+
+_TINY, _LONG = Work(4, 128, 64), Work(1, 2048, 64)
+WORKS = sizes(
+    {"tiny": _TINY, "tiny with KL": replace(_TINY, beta=0.04), "long": _LONG},
+    {"tiny": Work(2, 9, 5), "tiny with KL": Work(2, 9, 5, 0.04), "long": Work(1, 40, 5)},
+)
+
+
+def save_model(folder: Path) -> None:
+    """A Llama of 4 layers with a tokenizer of one word a token, on the disk: TRL reads its reference from there."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    words = {f"w{i}": i for i in range(END - 1)} | {"<unk>": END - 1, "<eos>": END}
+    backend = Backend(WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    tokenizer = Tokenizer(tokenizer_object=backend, eos_token="<eos>", pad_token="<unk>", padding_side="left")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**TINY, bos_token_id=None, eos_token_id=None, pad_token_id=END - 1))
+    model.generation_config = GenerationConfig(pad_token_id=END - 1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def rows(work: Work, count: int) -> list[dict[str, str]]:
+    """Prompts of random words, all different."""
+    ids_NP = torch.randint(0, END - 1, (count, work.prompt), generator=torch.Generator().manual_seed(1))
+    return [{"prompt": " ".join(f"w{i}" for i in ids)} for ids in ids_NP.tolist()]
+
+
+def reward(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
+    """Costs nothing, and hardly ever gives a completion its group's mean: then it would teach nothing."""
+    return [sum(map(ord, completion)) % 1009 / 1009 for completion in completions]
+
+
+def replayed(ids: Sequence[int], work: Work) -> list[list[int]]:
+    """Completions of a prompt that depend on it alone."""
+    generator = torch.Generator().manual_seed(sum(ids))
+    return torch.randint(0, END - 1, (EACH, work.answer), generator=generator).tolist()
+
+
+def options(work: Work, steps: int, output: str) -> dict[str, Any]:
+    """What both configs take."""
+    return {
+        "output_dir": output,
+        "per_device_train_batch_size": work.prompts * EACH,
+        "num_generations": EACH,
+        "max_completion_length": work.answer,
+        "max_steps": steps,
+        "learning_rate": 1e-5,
+        "lr_scheduler_type": "constant",
+        "beta": work.beta,
+        "loss_type": "dapo",
+        "temperature": 1.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": False,
+        "gradient_checkpointing": False,  # on by default on both sides, and a third more work
+        "use_cpu": not torch.cuda.is_available(),
+    }
+
+
+def train_trl(work: Work, steps: int, output: str, replays: bool) -> tuple[list[dict[str, Any]], Clock]:
+    """Run the steps in TRL; returns what it logged and the clock."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    tokenizer, clock = AutoTokenizer.from_pretrained(output), Clock()
+
+    def replay(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        """TRL repeats each prompt for its completions."""
+        prompt_ids = tokenizer(prompts)["input_ids"]
+        answers = [replayed(ids, work)[i % EACH] for i, ids in enumerate(prompt_ids)]
+        nothing = [[0.0] * work.answer for _ in prompts]
+        return {"prompt_ids": prompt_ids, "completion_ids": answers, "logprobs": nothing}
+
+    trainer = GRPOTrainer(
+        AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32), reward,
+        args=GRPOConfig(**options(work, steps, output), shuffle_dataset=False),
+        train_dataset=Dataset.from_list(rows(work, work.prompts * steps)), processing_class=tokenizer,
+        callbacks=[clock], rollout_func=replay if replays else None,
+    )  # fmt: skip
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry], clock
+
+
+class Parts(Clock):
+    """Seconds of the parts of our steps, beside those that the trainer logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[dict[str, float]] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.steps.append({"reference": 0.0, "forward": 0.0, "optimizer": 0.0})
+        super().on_step_begin(*args, **kwargs)
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.steps[-1]["optimizer"] = time.perf_counter() - self._began
+
+    def timed(self, part: str, call: Any) -> Any:
+        """The call, its seconds added to a part of the step."""
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            result = call(*args, **kwargs)
+            self.steps[-1][part] += time.perf_counter() - began
+            return result
+
+        return wrapped
+
+    def of_step(self, i: int, logged: dict[str, Any]) -> dict[str, float]:
+        """All parts of a step. Backward is what is left: without the head's, whose gradients come with the forward."""
+        parts = {
+            name: logged[f"seconds/{name}"] for name in ("prefill", "decode", "sampling", "rewards")
+            if f"seconds/{name}" in logged
+        }  # fmt: skip
+        parts["other sampling"] = parts.pop("sampling") - parts.get("prefill", 0.0) - parts.get("decode", 0.0)
+        parts |= self.steps[i]
+        return parts | {"backward and the rest": self.wall[i] - sum(parts.values())}
+
+
+def train_ours(
+    work: Work, steps: int, output: str, replays: bool, keep_cpu_memory: bool
+) -> tuple[list[dict[str, Any]], Parts]:
+    """The same in our trainer."""
+    from alignfast import GRPOConfig, GRPOTrainer
+    from alignfast.rollout import Completion, Sampling
+
+    clock = Parts()
+
+    class Replay:
+        """An engine that gives the stored completions."""
+
+        name, seconds = "replay", {"prefill": 0.0, "decode": 0.0}
+
+        def generate(self, prompts: Any, sampling: Sampling, **_: Any) -> list[list[Completion]]:
+            return [[_completion(trainer, ids, tokens) for tokens in replayed(ids, work)] for ids in prompts]
+
+    class Timed(GRPOTrainer):
+        """With clocks around its parts."""
+
+        def before_training(self) -> None:
+            super().before_training()
+            if replays:
+                self.engine = Replay()
+            self.compute_loss = clock.timed("forward", self.compute_loss)  # type: ignore[method-assign]
+            self.of_tokens = clock.timed("reference", self.of_tokens)  # type: ignore[method-assign]
+
+    config = GRPOConfig(
+        **options(work, steps, output), train_sampling_strategy="sequential", keep_cpu_memory=keep_cpu_memory
+    )
+    trainer = Timed(
+        output, reward, args=config, train_dataset=rows(work, work.prompts * steps), callbacks=[clock]
+    )
+    trainer.train()
+    lines = map(json.loads, (Path(output) / "metrics.jsonl").read_text().splitlines())
+    return [row for row in lines if "loss" in row], clock
+
+
+def _completion(trainer: Any, ids: Sequence[int], tokens: list[int]) -> Any:
+    from alignfast.rollout import Completion
+
+    nothing = (0.0,) * len(tokens)
+    text = trainer.processing_class.decode(tokens, skip_special_tokens=True)
+    return Completion(
+        prompt_ids=tuple(ids), token_ids=tuple(tokens), logps=nothing, sampled_logps=nothing,
+        mask=(True,) * len(tokens), finish_reason="length", text=text,
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--provider", choices=["alignfast", "trl"], required=True)
+    parser.add_argument("--shape", choices=sorted(WORKS), required=True)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--keep-cpu-memory", choices=["yes", "no"], default="yes")
+    parser.add_argument("--replay", choices=["yes", "no"], default="no")
+    arguments = parser.parse_args()
+    save_model(Path(arguments.output))
+    common = (WORKS[arguments.shape], arguments.steps, arguments.output, arguments.replay == "yes")
+    if arguments.provider == "trl":
+        logged, clock = train_trl(*common)
+        parts = []
+    else:
+        logged, clock = train_ours(*common, keep_cpu_memory=arguments.keep_cpu_memory == "yes")
+        parts = [clock.of_step(i, row) for i, row in enumerate(logged)]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(
+        json.dumps({"wall": clock.wall, "cpu": clock.cpu, "peak_mib": peak, "logged": logged, "parts": parts})
+    )
+
+
+if __name__ == "__main__":
+    main()
