@@ -126,6 +126,7 @@ class VllmEngine:
         self.server = Server(server_url, timeout=timeout, retries=retries, api_key=api_key)
         self.tokenizer, self.policy, self.max_requests = tokenizer, policy, max_requests
         self.sync = sync and policy is not None
+        self.seconds: dict[str, float] = {}  # the server does not tell its parts apart
         self.server.wait_until_up(server_timeout)
         served = self._served(model)
         self.model: str = served["id"]

@@ -178,7 +178,8 @@ def draw(
         completion_ids=[list(completion.token_ids) for completion in completions],
         trainer_state=trainer.state,
     )
-    seconds = {f"seconds/{part}": value for part, value in engine.seconds.items()}
+    parts = engine.seconds if trainer.rollout_func is None else {}
+    seconds = {f"seconds/{part}": value for part, value in parts.items()}
     seconds |= {"seconds/sampling": sampled - began, "seconds/rewards": time.perf_counter() - sampled}
     if scores.failures:
         trainer.log.warn(f"left out of training:\n{scores.summary()}")

@@ -410,7 +410,7 @@ class OtherArithmetic:
     name = "vllm"
 
     def __init__(self, engine, off):
-        self.engine, self.off = engine, off
+        self.engine, self.off, self.seconds = engine, off, {}
 
     def generate(self, *args, **options):
         found = self.engine.generate(*args, **options)
