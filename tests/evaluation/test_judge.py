@@ -131,7 +131,7 @@ def test_a_failure_that_may_pass_is_tried_again(server, judge):
 def test_a_failure_that_stays_is_told(server, judge):
     server.answer = lambda body: (401, {"error": {"message": "no such key"}})
     with pytest.raises(
-        JudgeError, match=r"127.0.0.1:\d+/v1/chat/completions, model 'wise': status 401: .*no such key"
+        JudgeError, match=r"127\.0\.0\.1:\d+/v1/chat/completions, model 'wise': status 401: .*no such key"
     ):
         judge.check()
     assert len(server.bodies) == 1
@@ -156,7 +156,7 @@ def test_pairs_without_a_verdict_are_left_out(server, judge, reply, message, cap
 def test_nobody_there(monkeypatch):
     monkeypatch.setattr("alignfast.evaluation.judge.time.sleep", lambda seconds: None)
     judge = ApiJudge("wise", base_url="http://127.0.0.1:9/v1", api_key_env=None)
-    with pytest.raises(JudgeError, match="127.0.0.1:9"):
+    with pytest.raises(JudgeError, match=r"127\.0\.0\.1:9"):
         judge.check()
 
 
