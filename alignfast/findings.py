@@ -52,10 +52,13 @@ def findings(rows: Rows, config: Mapping[str, Any]) -> list[Finding]:
     """
     found = [finding for rule in _RULES for finding in rule(rows, config)]
     if not found:
-        losses = series(rows, "loss")[1]
-        start, end = _ends(losses) if len(losses) > 1 else (math.nan, math.nan)
+        rewards = series(rows, "reward")[1]
+        values = rewards or series(rows, "loss")[1]
+        start, end = _ends(values) if len(values) > 1 else (math.nan, math.nan)
         text = "Nothing stands out."
-        if end < start:
+        if rewards and end > start:
+            text = f"The reward rose from {start:.3g} to {end:.3g}, and nothing stands out."
+        elif end < start:
             text = f"The loss fell from {start:.3g} to {end:.3g}, and nothing stands out."
         return [Finding(GOOD, text)]
     return sorted(found, key=lambda finding: (BAD, LOOK, GOOD).index(finding.level))
@@ -86,6 +89,8 @@ def _non_finite(rows: Rows, config: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _no_progress(rows: Rows, config: Mapping[str, Any]) -> Iterator[Finding]:
+    if series(rows, "reward")[1]:
+        return  # a policy gradient's loss says nothing of progress
     losses = series(rows, "loss")[1]
     if len(losses) < 5:  # fewer say nothing
         yield Finding(
@@ -157,6 +162,85 @@ def _chosen_falls(rows: Rows, config: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding(LOOK, text)
 
 
+def _rewards(rows: Rows, config: Mapping[str, Any]) -> Iterator[Finding]:
+    rewards = series(rows, "reward")[1]
+    if len(rewards) < 5:  # fewer say nothing
+        if rewards:
+            text = f"The log has few rewards: {len(rewards)}. Lower logging_steps to see how training goes."
+            yield Finding(LOOK, text)
+        return
+    start, end = _ends(rewards)
+    spread = max(series(rows, "reward_std")[1], default=0.0)
+    if end < start - 0.25 * spread:
+        text = f"The reward fell from {start:.3g} to {end:.3g}. Lower learning_rate, or raise the weight of the KL."
+        yield Finding(BAD, text)
+    elif end < start + 0.05 * spread:
+        text = (
+            f"The reward hardly moved: {start:.3g} to {end:.3g}. Raise learning_rate, train longer, or look whether the "
+            "reward tells completions apart."
+        )
+        yield Finding(LOOK, text)
+    flat = series(rows, "frac_reward_zero_std")[1]
+    if flat and _ends(flat)[1] > 0.8:
+        text = (
+            f"At the end {_ends(flat)[1]:.0%} of the prompts have completions with one and the same reward, which teach "
+            "nothing: take prompts of another difficulty, more num_generations, or dynamic_sampling_rounds."
+        )
+        yield Finding(LOOK, text)
+
+
+def _over_optimised(rows: Rows, config: Mapping[str, Any]) -> Iterator[Finding]:
+    """Goodhart's law (arXiv 2210.10760): what is trained on still rises where what it stands for falls."""
+    points = [
+        (row["step"], row["eval_gold/reward"], row["eval_reward"], row.get("eval_kl_sequence", math.nan))
+        for row in rows
+        if math.isfinite(row.get("eval_gold/reward", math.nan))
+        and math.isfinite(row.get("eval_reward", math.nan))
+    ]
+    if len(points) < 3:
+        return
+    best = max(points, key=lambda point: point[1])
+    golds = [gold for _, gold, _, _ in points]
+    (_, last_gold, last_proxy, _), lost = points[-1], best[1] - points[-1][1]
+    if lost > 0.25 * (max(golds) - min(golds)) and last_proxy > best[2]:
+        distance = f", at a KL of {best[3]:.3g}" if math.isfinite(best[3]) else ""
+        text = (
+            f"Over-optimisation: the gold reward was highest at step {best[0]} ({best[1]:.3g}{distance}) and is "
+            f"{last_gold:.3g} at the end, while the reward that is trained on rose from {best[2]:.3g} to {last_proxy:.3g}. "
+            "Stop there, raise the weight of the KL, or mend the reward."
+        )
+        yield Finding(BAD, text)
+
+
+def _start_wins(rows: Rows, config: Mapping[str, Any]) -> Iterator[Finding]:
+    rates, highs = series(rows, "eval_win_rate")[1], series(rows, "eval_win_rate_high")[1]
+    if rates and highs and highs[-1] < 0.5:
+        text = (
+            f"The model as it was before training is the better one: against it the trained one wins {rates[-1]:.0%}, ties "
+            f"counted half, and {highs[-1]:.0%} at most. Lower learning_rate, or look at the reward."
+        )
+        yield Finding(BAD, text)
+
+
+def _collapse(rows: Rows, config: Mapping[str, Any]) -> Iterator[Finding]:
+    entropies = series(rows, "entropy")[1] if series(rows, "reward")[1] else []
+    if len(entropies) >= 5:
+        start, end = _ends(entropies)
+        if end < 0.1 * start:
+            text = (
+                f"Entropy fell from {start:.3g} to {end:.3g} nats a token: the model writes nearly the same each time and "
+                "explores no more. Raise temperature or entropy_coef, or lower learning_rate."
+            )
+            yield Finding(LOOK, text)
+    cut = series(rows, "completions/clipped_ratio")[1]
+    if len(cut) >= 5 and _ends(cut)[1] > 0.5:
+        text = (
+            f"At the end {_ends(cut)[1]:.0%} of the completions were cut at max_completion_length: raise it, or reward "
+            "coming to an end."
+        )
+        yield Finding(LOOK, text)
+
+
 def _gradients(rows: Rows, config: Mapping[str, Any]) -> Iterator[Finding]:
     norms, bound = series(rows, "grad_norm")[1], config.get("max_grad_norm") or math.inf
     if len(norms) < 5:
@@ -199,6 +283,10 @@ _RULES: tuple[Callable[[Rows, Mapping[str, Any]], Iterator[Finding]], ...] = (
     _overfitting,
     _preferences,
     _chosen_falls,
+    _rewards,
+    _over_optimised,
+    _start_wins,
+    _collapse,
     _gradients,
     _slowing,
     _unfinished,

@@ -91,6 +91,11 @@ class FeedbackOptions:
     reward_funcs: str | list[str] | None = None
     """Reward functions: `numeric` (the number that a completion ends with, against column `answer`), `exact`, `format`,
     `regex:PATTERN`, an import path `package.module:function`, or a reward model's folder. Must be given."""
+    judge: str | list[str] | None = None
+    """What says in evaluation how often completions beat those of the model as it was: `api:MODEL` asks that model over an
+    OpenAI-compatible API (OPENAI_BASE_URL, OPENAI_API_KEY); or a reward function as above. None: the trained rewards."""
+    gold_reward_funcs: str | list[str] | None = None
+    """Reward functions that are measured in evaluation and never trained on: what the trained ones should stand for."""
 
 
 @dataclass(frozen=True)

@@ -41,11 +41,20 @@ _STYLE: Any = {
 
 
 class Line(NamedTuple):
-    """Values over steps; `dashed` for held-out data."""
+    """Values over steps; `dashed` for held-out data; `band` the lower and upper ends of their intervals."""
 
     steps: Sequence[float]
     values: Sequence[float]
     dashed: bool = False
+    band: tuple[Sequence[float], Sequence[float]] | None = None
+
+
+class Points(NamedTuple):
+    """Values against a measure of distance, in the order of the steps; `right` for a scale of their own."""
+
+    distances: Sequence[float]
+    values: Sequence[float]
+    right: bool = False
 
 
 def line_plot(lines: Mapping[str, Line], *, label: str, log: bool = False) -> str:
@@ -65,12 +74,43 @@ def line_plot(lines: Mapping[str, Line], *, label: str, log: bool = False) -> st
                 line.steps, line.values, "--" if line.dashed else "-", color=colour, label=name, linewidth=1.8,
                 marker="o" if alone or line.dashed else None, markersize=4,
             )  # fmt: skip
+            if line.band is not None:
+                axes.fill_between(line.steps, *line.band, color=colour, alpha=0.18, linewidth=0)
         axes.set_xlabel("step")
         if log:
             axes.set_yscale("log")
         axes.margins(x=0.01)
         if len(lines) > 1:
             axes.legend(loc="best")
+        return svg(figure, label)
+
+
+def frontier_plot(points: Mapping[str, Points], *, across: str, label: str) -> str:
+    """What was gained against how far the policy went for it, as an SVG element; a ring marks where it ended.
+
+    Args:
+        points: by their name in the legend.
+        across: what the distance is.
+        label: what the values are, for people who don't see the plot.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.4, 2.9), layout="constrained")
+        axes = figure.subplots()
+        right = axes.twinx() if any(of.right for of in points.values()) else axes
+        if right is not axes:
+            right.grid(visible=False)
+        handles = []
+        for colour, (name, of) in zip(_cycle(len(points)), points.items()):
+            side = right if of.right else axes
+            handles += side.plot(
+                of.distances, of.values, "-o", color=colour, label=name, linewidth=1.4, markersize=4
+            )
+            side.plot(of.distances[-1:], of.values[-1:], "o", color=colour, markersize=11, fillstyle="none")
+            if right is not axes:  # each scale in the colour of what it measures
+                side.tick_params(axis="y", labelcolor=colour)
+        axes.set_xlabel(across)
+        if len(points) > 1:
+            axes.legend(handles=handles, loc="best")
         return svg(figure, label)
 
 

@@ -140,3 +140,14 @@ def content_hash(trees: Sequence[Tree]) -> str:
 def num_predictions(tree: Tree) -> list[int]:
     """Tokens of each answer that are predicted and carry loss: without a prompt, nothing predicts the first one."""
     return [sum(mask if tree.prompt else mask[1:]) for mask in tree.trained]
+
+
+def whole_on_ranks(rows: list[int], ranks: int) -> list[int]:
+    """Rows in such an order that every rank, which takes each ranks-th one, has neighbours: groups share a prompt.
+
+    >>> whole_on_ranks([0, 1, 2, 3, 4], 2)
+    [0, 3, 1, 4, 2]
+    """
+    share = -(-len(rows) // ranks)
+    blocks = [rows[r * share : (r + 1) * share] for r in range(ranks)]
+    return [block[i] for i in range(share) for block in blocks if i < len(block)]

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignfast.data import PrepareReport, Tree
+from alignfast.evaluation import length_figures
 from alignfast.rollout import Completion, RolloutEngine, Sampling
 from alignfast.rollout.prompts import end_tokens
 from alignfast.trainers.batches import Data
@@ -169,7 +170,7 @@ def draw(
             completions, more = completions_of(output, len(mine), n, trainer.processing_class, stops)
     sampled = time.perf_counter()
     rows = [prompts[i][1] for i in mine for _ in range(n)]
-    texts = [_answer(row, completion) for row, completion in zip(rows, completions)]
+    texts = [answer_of(row, completion) for row, completion in zip(rows, completions)]
     scores = rewards.score(
         [row["prompt"] for row in rows],
         texts,
@@ -203,7 +204,7 @@ def draw(
     return everything, seconds
 
 
-def _answer(row: dict[str, Any], completion: Completion) -> Any:
+def answer_of(row: dict[str, Any], completion: Completion) -> Any:
     """A completion as its prompt is: text, or messages."""
     if isinstance(row["prompt"], str):
         return completion.text
@@ -212,21 +213,21 @@ def _answer(row: dict[str, Any], completion: Completion) -> Any:
 
 def describe(drawn: Sequence[Drawn], names: Sequence[str]) -> dict[str, float]:
     """TRL's metrics of a draw."""
-    lengths = torch.tensor([float(len(of.completion.token_ids)) for of in drawn])
-    ended = torch.tensor([of.completion.finish_reason == "stop" for of in drawn])
+    lengths = [len(of.completion.token_ids) for of in drawn]
+    figures = length_figures(lengths, [of.completion.finish_reason == "stop" for of in drawn])
     rewards_N = torch.tensor([of.reward for of in drawn], dtype=torch.float64)
     rewards_NF = torch.tensor([of.rewards for of in drawn], dtype=torch.float64)
-    ended_lengths = lengths[ended] if ended.any() else torch.zeros(1)
+    return {
+        **{f"completions/{name}": value for name, value in figures.items()},
+        **reward_figures(rewards_N, rewards_NF, names),
+    }
+
+
+def reward_figures(rewards_N: Tensor, rewards_NF: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """TRL's metrics of rewards, and the share of completions that have none; NaN stands for none."""
     metrics = {
         "reward": _mean(rewards_N),
         "reward_std": _std(rewards_N),
-        "completions/mean_length": lengths.mean().item(),
-        "completions/min_length": lengths.min().item(),
-        "completions/max_length": lengths.max().item(),
-        "completions/clipped_ratio": 1 - ended.double().mean().item(),
-        "completions/mean_terminated_length": ended_lengths.mean().item(),
-        "completions/min_terminated_length": ended_lengths.min().item(),
-        "completions/max_terminated_length": ended_lengths.max().item(),
         "unscored": rewards_N.isnan().double().mean().item(),
     }
     for f, name in enumerate(names):

@@ -97,6 +97,9 @@ class GRPOTrainer(OnPolicyTrainer):
             folder.
         args: as of every trainer, like all that follows. Rows have a `prompt`; their other columns go to the functions.
         rollout_func: TRL's hook: makes the completions in the engine's place (`alignfast.trainers.rollout_func`).
+        judge: what says how often held-out completions beat the start policy's: `api:MODEL`, an object with `compare`, or
+            what scores, as reward_funcs; None takes reward_funcs.
+        gold_reward_funcs: as reward_funcs, measured on held-out prompts and never trained on.
 
     >>> rows = [{"prompt": "2 + 2 =", "answer": "4"}]
     >>> trainer = GRPOTrainer("my-model", "numeric", train_dataset=rows, max_steps=100)  # doctest: +SKIP

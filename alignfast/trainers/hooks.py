@@ -78,6 +78,9 @@ class Hooks:
         """Figures of an evaluation that are no sums over batches; called on all ranks."""
         return {}
 
+    def after_log(self) -> None:
+        """What else is told when the steps since the last log are; called on all ranks."""
+
     def before_training(self) -> None:
         """What must happen while the model still is as it was given; called before it is wrapped or loaded."""
 

@@ -257,6 +257,7 @@ class Trainer(Hooks):
         last = dict(grad_norm=grad_norm, learning_rate=learning_rate, skipped_steps=self.updater.skipped)
         row = self.log.log_steps(self.state, last)
         self.control = self.handler.on_log(self.args, self.state, self.control, row)
+        self.after_log()
 
     def _tell(self, figures: dict[str, float]) -> None:
         self.log.write(self.state, figures)

@@ -132,7 +132,7 @@ class MetricsFile:
         self.file = folder / "metrics.jsonl"
         kept = []
         if self.file.exists() and resumed_step:
-            kept = [line for line in self.file.read_text().splitlines() if _step_of(line) <= resumed_step]
+            kept = lines_up_to(self.file, resumed_step)
         elif self.file.exists() and self.file.stat().st_size:
             number = sum(1 for _ in folder.glob("metrics.*.jsonl")) + 1
             self.file.rename(folder / f"metrics.{number}.jsonl")  # an earlier run in the same folder
@@ -144,6 +144,12 @@ class MetricsFile:
             lines.write(
                 json.dumps({name: to_json(value) for name, value in row.items()}, allow_nan=False) + "\n"
             )
+
+
+def lines_up_to(file: Path, step: int) -> list[str]:
+    """The lines of a JSON-lines file whose `step` is no later."""
+    # not splitlines: a text may hold other ends of lines
+    return [line for line in file.read_text().split("\n") if line and _step_of(line) <= step]
 
 
 def _step_of(line: str) -> float:

@@ -21,18 +21,19 @@ from torch import Tensor, nn
 from alignfast.data import PROMPT_FORMATS, Batch, Prepared, PrepareReport, Rows, Tree, encode_prompts
 from alignfast.rewards import RewardSet, RunningNormaliser
 from alignfast.rollout import ENGINES, RolloutEngine, Sampling, make_engine
-from alignfast.trainers.batches import Counts, Data, Share, num_predictions
+from alignfast.trainers.batches import Counts, Data, Share, num_predictions, whole_on_ranks
 from alignfast.trainers.config import TrainerConfig, config
 from alignfast.trainers.experience import Drawn, Experience, describe, draw
+from alignfast.trainers.judged import Judged
 from alignfast.trainers.loop import Trainer
 from alignfast.trainers.mismatch import MODES, correct
 from alignfast.trainers.reference import FrozenModel, ReferenceOptions, make_reference
 from alignfast.trainers.rollout_func import RolloutFunc
+from alignfast.trainers.shown import Shown
 from alignfast.trainers.state import read_json, write_json
 
-EVALUATION = 1 << 60  # where the numbers of held-out samples begin
 A_DRAW = 1 << 24  # numbers of one draw's samples, those of its further rounds included
-_NORMALISER = "reward_normaliser.json"
+_NORMALISER, _JUDGED = "reward_normaliser.json", "judged.json"
 
 
 @config
@@ -81,6 +82,13 @@ class OnPolicyConfig(TrainerConfig):
     """A factor for each reward function; None is 1 for each."""
     reward_normalization_decay: float | None = None
     """Put each reward function on mean 0 and deviation 1 of its recent past, in [0, 1): for feedback that drifts."""
+    measure_kl: bool | None = None
+    """Measure the KL to that model in evaluation, also where beta is 0: True keeps a frozen copy for it if need be. None:
+    where that takes no memory, with new adapters."""
+    log_completions: bool = False
+    """Print completions with their rewards at each log. The first few of the last draw go to samples.jsonl anyway."""
+    num_completions_to_print: int | None = None
+    """So many of them; None for all of the last draw."""
     mask_truncated_completions: bool = False
     """Completions that were cut carry no loss."""
     reward_timeout: float = 300.0
@@ -89,8 +97,9 @@ class OnPolicyConfig(TrainerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(self.max_length is None, "max_length", "None: prompts are never cut")
-        for name in ("num_iterations", "max_completion_length"):
-            self._require(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("num_iterations", "max_completion_length", "num_completions_to_print"):
+            value = getattr(self, name)
+            self._require(value is None or value >= 1, name, "at least 1")
         self._require(self.temperature > 0, "temperature", "above 0")
         self._choose("engine", *ENGINES)
         self._choose("vllm_importance_sampling_mode", *MODES)
@@ -139,8 +148,11 @@ class OnPolicyTrainer(Trainer):
         reward_funcs: Any,
         *args: Any,
         rollout_func: RolloutFunc | None = None,
+        judge: Any = None,
+        gold_reward_funcs: Any = None,
         **rest: Any,
     ) -> None:
+        self.judged, self.shown = Judged(self, judge, gold_reward_funcs), Shown(self)
         self.reward_funcs, self.rollout_func = reward_funcs, rollout_func
         self.scorers: RewardSet | None = None
         self.items: list[dict[str, Any]] = []  # the rows of all data, by their numbers
@@ -171,6 +183,7 @@ class OnPolicyTrainer(Trainer):
         """Prompts, each as a text that carries no loss."""
         if self.rollout_func is None:  # which may bring columns that no one knows yet
             self.rewards.check(rows.columns, conversational=rows.conversational)
+        self.judged.check(rows.columns, conversational=rows.conversational)
         prompts = encode_prompts(rows, self.processing_class)
         room = (
             None if self.module.positions is None else self.module.positions - self.args.max_completion_length
@@ -238,7 +251,9 @@ class OnPolicyTrainer(Trainer):
             raise ValueError(
                 "fsdp shards the weights that the engine samples with: leave it out, or use LoRA"
             )
-        options = ReferenceOptions(needed=self.needs_reference, temperature=args.temperature)
+        options = ReferenceOptions(
+            needed=self.needs_reference or self.judged.wants_reference, temperature=args.temperature
+        )
         self.reference: Any = make_reference(self, self.ref_model, options)
         if args.engine == "vllm" and self.accelerator.num_processes > 1:
             raise ValueError(
@@ -252,6 +267,9 @@ class OnPolicyTrainer(Trainer):
 
     def rows_of(self, step: int) -> tuple[Data, list[int]]:
         """The completions of a step, drawn where it is the first of a draw."""
+        if step == 0:
+            self.judged.begin()
+            self.shown.begin(0)
         number, place = divmod(step, self.plan.steps_per_draw)
         if number != self.drawn_at:
             self.experience, self.drawn_at = self.collect(number), number
@@ -265,7 +283,7 @@ class OnPolicyTrainer(Trainer):
             "sequences": len(rows),
         }
         kept = [row for row in rows if self._teaches(row)] or [rows[0]]
-        return self.experience.data, _whole_on_ranks(kept, self.accelerator.num_processes)
+        return self.experience.data, whole_on_ranks(kept, self.accelerator.num_processes)
 
     def order(self, number: int, iteration: int) -> list[int]:
         """The completions of a draw in the order in which a pass over it takes them."""
@@ -290,7 +308,10 @@ class OnPolicyTrainer(Trainer):
             (self.train_data.trees[row].answers[0], self.items[self.train_data.first + row]) for row in rows
         ]
         sampling = self.args.sampling(self.completions_of_each)
-        return draw(self, self.engine, self.rewards, prompts, sampling, first_number)
+        drawn, seconds = draw(self, self.engine, self.rewards, prompts, sampling, first_number)
+        if first_number % A_DRAW == 0:  # later rounds of a draw fill up what the first left
+            self.shown.take(drawn, [row for _, row in prompts], self.rewards.names)
+        return drawn, seconds
 
     def rewards_of(self, drawn: list[Drawn]) -> tuple[Tensor, Tensor]:
         """(rewards_NF, their weighted sums), on the scale of the recent past where that is asked for; NaN for none."""
@@ -345,11 +366,12 @@ class OnPolicyTrainer(Trainer):
     # Evaluation and checkpoints
 
     def evaluate_on(self, data: Data) -> dict[str, float]:
-        """Rewards of completions of held-out prompts; the same random numbers each time."""
-        prompts = [(tree.answers[0], self.items[data.first + i]) for i, tree in enumerate(data.trees)]
-        sampling = self.args.sampling(self.completions_in_evaluation)
-        drawn, _ = draw(self, self.engine, self.rewards, prompts, sampling, EVALUATION)
-        return describe(drawn, self.rewards.names)
+        """Rewards of held-out prompts' completions, and how those compare with the start policy's."""
+        return self.judged.evaluate(data)
+
+    def after_log(self) -> None:
+        """Completions of the last draw, for people to read."""
+        self.shown.tell()
 
     def save_more(self, folder: Path) -> None:
         """The draw that steps are in the middle of."""
@@ -357,23 +379,17 @@ class OnPolicyTrainer(Trainer):
             self.experience.save(folder)
         if self.normaliser is not None:
             write_json(folder / _NORMALISER, self.normaliser.state_dict())
+        write_json(folder / _JUDGED, {**self.judged.state(), "shown": self.shown.rows})
 
     def load_more(self, folder: Path) -> None:
         """Go on in the middle of a draw."""
         if self.normaliser is not None:
             self.normaliser.load_state_dict(read_json(folder / _NORMALISER))
+        judged = read_json(folder / _JUDGED)
+        self.judged.load(judged)
+        self.shown.begin(self.state.global_step)
+        self.shown.rows = judged["shown"]
         self.experience = Experience.load(folder)
         self.drawn_at = (
             (self.state.global_step - 1) // self.plan.steps_per_draw if self.experience.trees else -1
         )
-
-
-def _whole_on_ranks(rows: list[int], ranks: int) -> list[int]:
-    """Rows in such an order that every rank, which takes each ranks-th one, has neighbours: groups share a prompt.
-
-    >>> _whole_on_ranks([0, 1, 2, 3, 4], 2)
-    [0, 3, 1, 4, 2]
-    """
-    share = -(-len(rows) // ranks)
-    blocks = [rows[r * share : (r + 1) * share] for r in range(ranks)]
-    return [block[i] for i in range(share) for block in blocks if i < len(block)]

@@ -42,7 +42,8 @@ MAY_CHANGE = frozenset(
     num_train_epochs max_steps layout backend gradient_checkpointing use_cpu fsdp keep_cpu_memory logging_steps
     logging_strategy logging_first_step report_to run_name disable_tqdm eval_strategy eval_steps eval_delay eval_on_start
     save_strategy save_steps save_total_limit load_best_model_at_end resume_from_checkpoint push_to_hub hub_model_id
-    hub_token hub_private_repo trust_remote_code precompute_ref_log_probs seed data_seed""".split()
+    hub_token hub_private_repo trust_remote_code precompute_ref_log_probs seed data_seed measure_kl
+    log_completions num_completions_to_print""".split()
 )
 _OF_THIS_PROCESS = ("is_local_process_zero", "is_world_process_zero")
 

@@ -15,7 +15,8 @@ import yaml
 
 from alignfast.findings import Finding, findings, read_run, series
 from alignfast.report import write_report
-from alignfast.report.plots import Line, interval_plot, line_plot
+from alignfast.report.plots import Line, Points, frontier_plot, interval_plot, line_plot
+from alignfast.report.run import frontier, plots
 
 
 def healthy_rows(number: int = 20) -> list[dict[str, Any]]:
@@ -40,6 +41,32 @@ def healthy_rows(number: int = 20) -> list[dict[str, Any]]:
         }
         for i in range(number)
     ]
+
+
+def on_policy_rows(number: int = 20) -> list[dict[str, Any]]:
+    """A GRPO run as it should be, evaluated every fifth step: each such step has a row of its own."""
+    rows: list[dict[str, Any]] = []
+    for i in range(number):
+        step = i + 1
+        rows.append(
+            {
+                "step": step, "time": 2.0 * i, "loss": 0.01 * (-1) ** i, "reward": 0.3 + 0.02 * i, "reward_std": 0.4,
+                "frac_reward_zero_std": 0.1, "entropy": 2 - 0.02 * i, "kl": 0.001 * i, "clip_ratio/region_mean": 0.02,
+                "completions/mean_length": 40.0, "completions/clipped_ratio": 0.1, "seconds/sampling": 3.0,
+                "seconds/rewards": 0.5, "tokens_per_second": 100.0, "num_tokens": 500.0 * step, "grad_norm": 0.5,
+                "epoch": step / number,
+            }
+        )  # fmt: skip
+        if step % 5 == 0:
+            rows.append(
+                {
+                    "step": step, "time": 2.0 * i, "eval_reward": 0.3 + 0.02 * i, "eval_gold/reward": 5 + 0.1 * i,
+                    "eval_kl": 0.001 * i, "eval_kl_sequence": 0.04 * i, "eval_win_rate": 0.5 + 0.01 * i,
+                    "eval_win_rate_low": 0.4 + 0.01 * i, "eval_win_rate_high": 0.6 + 0.01 * i, "eval_entropy": 2.0,
+                    "eval_distinct_1": 0.4, "eval_distinct_2": 0.8,
+                }
+            )  # fmt: skip
+    return rows
 
 
 CONFIG = {"max_steps": 200, "max_grad_norm": 1.0, "num_train_epochs": 3.0, "seed": 7}
@@ -146,12 +173,71 @@ def test_a_run_with_numbers_that_are_none(tmp_path: Path) -> None:
     assert "at step 3" in text
 
 
-@pytest.mark.parametrize("drawing", ["lines", "intervals"])
+def test_an_on_policy_run_has_its_plots_and_samples(tmp_path: Path) -> None:
+    samples: list[dict[str, Any]] = [
+        {"step": step, "prompt": "greedy?", "completion": f"greedy at {step}\u2028on"} for step in (0, 20)
+    ]
+    samples += [
+        {
+            "step": step,
+            "prompt": "p",
+            "completion": f"drawn at {step}",
+            "reward": reward,
+            "rewards": {"r": reward},
+        }
+        for step, reward in ((1, None), (10, 0.5), (20, 0.75))
+    ]
+    folder = write_run(tmp_path / "run", on_policy_rows(), samples)
+    # as the command line writes them: a text may hold an end of line that JSON need not escape
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
+    (folder / "samples.jsonl").write_text("".join(lines))
+    page = read_page(write_report(folder))
+    assert page.fetched == []
+    for caption in (
+        "Reward against KL", "Gold reward", "Win rate", "KL to the reference", "KL of a completion", "Completion length",
+        "Clip fraction", "Entropy", "Variety", "Seconds", "held-out win rate against the start",
+    ):  # fmt: skip
+        assert caption in page.text
+    for text in ("greedy at 0", "greedy at 20", "drawn at 1", "none", "drawn at 20", "0.75"):
+        assert text in page.text
+    assert "drawn at 10" not in page.text
+
+
+def test_the_frontier_is_of_what_was_logged() -> None:
+    held_out, training = on_policy_rows(), [row for row in on_policy_rows() if "kl" in row]
+    assert "gold" in frontier(held_out)[0]
+    assert "held-out completion" in frontier(held_out)[0]
+    assert "gold" not in frontier(training)[0]
+    assert "KL of a token" in frontier(training)[0]
+    ppo = [{"step": i, "objective/kl": i, "objective/scores": i / 2, "kl": 1, "reward": 1} for i in range(3)]
+    assert "KL of a completion" in frontier(ppo)[0]
+    assert frontier(healthy_rows()) == []
+    assert frontier(held_out[:1]) == []  # a point is no frontier
+
+
+def test_seconds_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """500 tokens a step at 100 a second are 5 seconds; a draw serves 4 steps, so that 20 - 3.5 are left."""
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(
+        "alignfast.report.run.line_plot", lambda lines, label, **options: drawn.update({label: lines}) or ""
+    )
+    config = {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "num_iterations": 2}
+    plots(on_policy_rows(4), config)
+    parts = {name: line.values for name, line in drawn["Seconds over steps"].items()}
+    assert parts == {"sampling": (3.0,) * 4, "rewards": (0.5,) * 4, "rest": (16.5,) * 4}
+
+
+@pytest.mark.parametrize("drawing", ["lines", "intervals", "band", "frontier"])
 def test_drawings_are_xml_of_their_own(drawing: str) -> None:
     if drawing == "lines":
         svg = line_plot(
             {"a": Line([1, 2], [0.1, 0.2]), "b & c": Line([1], [0.3], dashed=True)}, label='a "b" & c'
         )
+    elif drawing == "band":
+        svg = line_plot({"a": Line([1, 2], [0.1, 0.2], band=([0, 0.1], [0.2, 0.3]))}, label="l")
+    elif drawing == "frontier":
+        points = {"a": Points([0, 1], [0, 1]), "b & c": Points([0, 1], [9, 8], right=True)}
+        svg = frontier_plot(points, across="x < y", label="l")
     else:
         svg = interval_plot({"x": {"k": (0.5, 0.4, 0.6)}, "y": {"l": (0.1, 0.0, 0.2)}}, label="l", middle=0.5)
     root = ElementTree.fromstring(svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1))
@@ -205,6 +291,50 @@ def changed(name: str, values: Any) -> list[dict[str, Any]]:
 def test_each_trouble_is_found(rows: list[dict[str, Any]], level: str, part: str) -> None:
     found = findings(rows, CONFIG)
     assert any(finding.level == level and part in finding.text for finding in found), found
+
+
+def test_a_healthy_on_policy_run_is_called_so() -> None:
+    (found,) = findings(on_policy_rows(), {})
+    assert found.level == "good"
+    assert "The reward rose from 0.33 to 0.65" in found.text
+
+
+def changed_draws(name: str, values: Any) -> list[dict[str, Any]]:
+    return [{**row, name: values(row["step"])} if name in row else row for row in on_policy_rows()]
+
+
+@pytest.mark.parametrize(
+    ("rows", "level", "part"),
+    [
+        (
+            changed_draws("eval_gold/reward", lambda s: 5 - abs(s - 10)),
+            "bad",
+            "highest at step 10 (5, at a KL of 0.36)",
+        ),
+        (changed_draws("eval_win_rate_high", lambda s: 0.45), "bad", "before training is the better one"),
+        (changed_draws("reward", lambda s: 1 - 0.02 * s), "bad", "The reward fell"),
+        (changed_draws("reward", lambda s: 0.5), "look", "hardly moved"),
+        (changed_draws("frac_reward_zero_std", lambda s: 0.9), "look", "one and the same reward"),
+        (changed_draws("entropy", lambda s: 2.0 / s**2), "look", "Entropy fell"),
+        (
+            changed_draws("completions/clipped_ratio", lambda s: 0.8),
+            "look",
+            "were cut at max_completion_length",
+        ),
+        (on_policy_rows(3), "look", "few rewards: 3"),
+    ],
+)
+def test_each_trouble_of_an_on_policy_run_is_found(rows: list[dict[str, Any]], level: str, part: str) -> None:
+    found = findings(rows, {})
+    assert any(finding.level == level and part in finding.text for finding in found), found
+
+
+def test_gold_that_falls_with_the_trained_reward_is_no_over_optimisation() -> None:
+    rows = [
+        {"step": s, "eval_reward": -abs(s - 2), "eval_gold/reward": -abs(s - 2), "reward": 0.1 * s}
+        for s in range(5)
+    ]
+    assert not any("Over-optimisation" in finding.text for finding in findings(rows, {}))
 
 
 def test_the_worst_comes_first() -> None:

@@ -37,6 +37,10 @@ def num_words(completions, **columns):
     return [float(len(text.split())) for text in completions]
 
 
+def num_letters(completions, **columns):
+    return [float(len(text)) for text in completions]
+
+
 LORA = dict(peft_config=dict(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"]))
 PPO = dict(reward_funcs=num_words, max_completion_length=6, learning_rate=2e-3)
 METHODS = {
@@ -53,7 +57,17 @@ METHODS = {
     # Steps of 1e-2 move rewards by more than their size: the ranks' roundings of 1e-7 would be 1e-6 two steps later
     "reward": (RewardTrainer, dict(num_heads=3, center_rewards_coefficient=0.1, learning_rate=2e-3)),
     "reward-lora": (RewardTrainer, LORA),
-    "grpo": (GRPOTrainer, dict(reward_funcs=num_words, max_completion_length=6, num_generations=2, beta=0.1)),
+    "grpo": (
+        GRPOTrainer,
+        dict(
+            reward_funcs=num_words,
+            max_completion_length=6,
+            num_generations=2,
+            beta=0.1,
+            judge=num_letters,
+            gold_reward_funcs=num_letters,
+        ),
+    ),
     "ppo": (PPOTrainer, dict(PPO, num_iterations=2)),  # one draw: the second step resumes in the middle of it
     "ppo-shared": (
         PPOTrainer,
