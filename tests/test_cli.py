@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
+from rollout.recorded import RecordedServer
 from safetensors.torch import load_file
 from trainers.tiny import make_llama, make_pairs, make_rows, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -234,6 +235,20 @@ def test_generate_refuses_rows_without_a_prompt(
     assert "--prompt TEXT" in fails(capsys, 2, "generate", "--model", model_dir)
 
 
+def test_generate_asks_a_server(tmp_path: Path, model_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = make_tokenizer()
+    server = RecordedServer(lambda text: tokenizer(text)["input_ids"])
+    words = ["generate", "--model", model_dir, "--prompt", "the cat", "--max_new_tokens", "2"]
+    assert main([*words, "--engine", "vllm", "--server_url", server.url]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "prompt": "the cat",
+        "completion": tokenizer.decode([3, 4]),
+    }
+    server.close()
+    assert "go together" in fails(capsys, 2, *words, "--engine", "vllm")
+    assert "go together" in fails(capsys, 2, *words, "--server_url", server.url)
+
+
 def test_merged_weights_give_the_adapters_logits(tmp_path: Path, model_dir: str, adapter_dir: str) -> None:
     assert main(["merge", adapter_dir, str(tmp_path / "merged")]) == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -309,7 +324,7 @@ def test_the_nearest_name_is_told(capsys: pytest.CaptureFixture[str], tmp_path: 
         (["dpo", "--config", "no.yaml"], 2, "no.yaml"),
         (["report", "nowhere"], 1, "metrics.jsonl"),
         (["doctor", "nowhere"], 1, "metrics.jsonl"),
-        (["init", "grop"], 2, "dpo_lora"),
+        (["init", "gprpo"], 2, "dpo_lora"),
         (["quickstart", "--seeds", "0"], 1, "seeds"),
     ],
 )

@@ -46,7 +46,10 @@ class GenerateOptions:
     num_samples: int = 1
     """Completions of each prompt."""
     engine: str = "native"
-    """`native` (packed, continuous batching), or `transformers` for a model that can't be packed."""
+    """`native` (packed, continuous batching), `transformers` for a model that can't be packed, or `vllm`: a server of
+    that model (EXPERIMENTAL), which needs server_url."""
+    server_url: str | None = None
+    """Address of a vLLM server, such as http://127.0.0.1:8000."""
     seed: int = 0
     """Of the samples."""
     dtype: str = "auto"
@@ -62,6 +65,8 @@ def run(command: str, argv: Sequence[str]) -> None:
     (options,) = parse_options(command, argv, GenerateOptions)
     if (options.prompt is None) == (options.prompts is None):
         raise UsageError("give --prompt TEXT or --prompts FILE")
+    if (options.engine == "vllm") != (options.server_url is not None):
+        raise UsageError("--engine vllm and --server_url ADDRESS go together")
     prompts: list[Prompt] = (
         [options.prompt] if options.prompts is None else read_prompts(Path(options.prompts))
     )
@@ -72,8 +77,12 @@ def run(command: str, argv: Sequence[str]) -> None:
 
     device = "cuda" if torch.cuda.is_available() and not options.use_cpu else "cpu"
     trust = options.trust_remote_code
-    layout = "padded" if options.engine == "transformers" else "shared"
-    policy = load_policy(options.model, layout=layout, dtype=options.dtype, trust_remote_code=trust)
+    policy = None  # a server has its own
+    if options.engine != "vllm":
+        layout = "padded" if options.engine == "transformers" else "shared"
+        policy = load_policy(options.model, layout=layout, dtype=options.dtype, trust_remote_code=trust).to(
+            device
+        )
     tokenizer = load_tokenizer(options.tokenizer, options.model, trust_remote_code=trust)
     sampling = Sampling(
         max_new_tokens=options.max_new_tokens,
@@ -85,7 +94,8 @@ def run(command: str, argv: Sequence[str]) -> None:
         seed=options.seed,
         stop=tuple(options.stop or ()),
     )
-    engine = make_engine(options.engine, policy.to(device), tokenizer)
+    server = {} if options.server_url is None else {"server_url": options.server_url}
+    engine = make_engine(options.engine, policy, tokenizer, **server)
     chat = tokenizer.chat_template is not None if options.chat is None else options.chat
     turns = [_as_turn(prompt) if chat else prompt for prompt in prompts]
     found = engine.generate(turns, sampling)

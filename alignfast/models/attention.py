@@ -81,12 +81,16 @@ def attention_forward(
     device = query_BHTE.device.type
     if torch.is_autocast_enabled(device):  # rotary embeddings hand on float32 queries and keys
         states = [x_THE.to(torch.get_autocast_dtype(device)) for x_THE in states]
-    options = dict(scale=scaling, window=sliding_window, softcap=softcap)
+    layer: Any = module.layer_idx
     if packed_cache is not None:
-        packed_cache.store(module.layer_idx, *states[1:])
-    if packed_layout is None:
-        return packed_cache.attend(module.layer_idx, states[0], **options)[None], None
-    return packed_attention(*states, packed_layout, **options, backend=packed_backend)[None], None
+        packed_cache.store(layer, states[1], states[2])
+        if packed_layout is None:
+            return packed_cache.attend(layer, states[0], scaling, sliding_window, softcap)[None], None
+    assert packed_layout is not None
+    out_THE = packed_attention(
+        *states, packed_layout, scale=scaling, window=sliding_window, softcap=softcap, backend=packed_backend,
+    )  # fmt: skip
+    return out_THE[None], None
 
 
 def _check_layer(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from alignfast.models.adapters import add_adapters
 from alignfast.models.attention import ModelRefused
 
 
@@ -100,24 +101,11 @@ def readout(hidden_ND: Tensor, weight_HD: Tensor, bias_H: Tensor | None) -> Tens
 def _merged(layer: Any) -> tuple[Tensor, Tensor | None]:
     """Weight of an adapted head with its active adapters added, differentiable in them."""
     weight_VD, bias_V = weight_and_bias(layer.base_layer)
-    if layer.disable_adapters or layer.merged:
-        return weight_VD, bias_V
-    for name in layer.active_adapters:
-        if name not in getattr(layer, "lora_A", {}):
-            raise ModelRefused(
-                f"the head carries an adapter {type(layer).__name__}, of which only LoRA can be merged; "
-                "leave the head out of target_modules"
-            )
-        dropout = layer.lora_dropout[name]
-        if isinstance(dropout, nn.Dropout) and dropout.p and layer.training:
+    merged_VD = add_adapters(layer, weight_VD, "the head")
+    if merged_VD is not weight_VD and layer.training:
+        dropouts = [layer.lora_dropout[name] for name in layer.active_adapters]
+        if any(isinstance(dropout, nn.Dropout) and dropout.p for dropout in dropouts):
             raise ModelRefused(
                 "LoRA on the head drops its input, which a merged weight can't; set lora_dropout=0"
             )
-        if layer.use_dora.get(name, False):
-            raise ModelRefused(
-                "DoRA on the head can't be merged step by step; leave the head out of target_modules"
-            )
-        if layer.lora_bias.get(name, False):
-            raise ModelRefused("a LoRA bias on the head is not merged; set lora_bias=False")
-        weight_VD = weight_VD + layer.get_delta_weight(name).to(weight_VD.dtype)
-    return weight_VD, bias_V
+    return merged_VD, bias_V

@@ -55,8 +55,6 @@ class PagedCache:
 
     def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy whole pages, in every layer."""
-        if not sources:
-            return
         for keys_and_values in self._layers.values():
             for kept_NPKE in keys_and_values:
                 kept_NPKE[list(targets)] = kept_NPKE[list(sources)]

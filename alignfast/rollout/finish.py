@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerBase
 
 from alignfast.rollout.sampling import Completion, FinishReason
-from alignfast.rollout.scheduler import Running
+from alignfast.rollout.scheduler import PromptState, Running
 
 _LOOK_BACK = (
     8  # tokens decoded again beyond the stop text's own length, since a token may hold half a character
@@ -47,6 +47,20 @@ class Finish:
             text=self.text(sequence.tokens[:-1] if stopped else sequence.tokens),
         )
 
+    def first_end(
+        self, ids: tuple[int, ...], tokens: list[int], logps: list[float], sampled_logps: list[float]
+    ) -> Completion:
+        """The completion that ends at the first stop in a row of tokens, or at the row's end; the rest is cut away."""
+        sequence = Running(PromptState(ids, 0), 0, 0, limit=len(tokens))
+        for token, logp, sampled_logp in zip(tokens, logps, sampled_logps):
+            sequence.tokens.append(token)
+            sequence.logps.append(logp)
+            sequence.sampled_logps.append(sampled_logp)
+            completion = self.completion(sequence)
+            if completion is not None:
+                return completion
+        raise AssertionError("a sequence ends at its limit at the latest")
+
     def stopped_by_text(self, tokens: list[int]) -> bool:
         """Whether a stop text stands in the last tokens: one that ended earlier would have stopped it then."""
         if not self.stop_texts:
@@ -56,6 +70,6 @@ class Finish:
 
     def text(self, tokens: list[int]) -> str:
         """Without special tokens, and up to the stop text."""
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
         ends = [text.index(stop) for stop in self.stop_texts if stop in text]
         return text[: min(ends)] if ends else text

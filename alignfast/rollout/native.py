@@ -220,7 +220,8 @@ class _Step:
             row_of |= {prompt: first + i for i, prompt in enumerate(started.prompts)}
         sequences = started.sequences
         rows_S = torch.tensor([row_of[sequence.prompt] for sequence in sequences], device=self.device)
-        self.cache.copy_pages(*zip(*started.copies)) if started.copies else None
+        if started.copies:
+            self.cache.copy_pages(*zip(*started.copies))
         self._draw(hidden_RD, sequences, rows_S)
         last = sequences[-1].prompt
         self._prompt = last if last.left else None
@@ -233,7 +234,7 @@ class _Step:
         layout = PackedLayout.of_sequences(len(prompt.ids) for prompt in prompts)
         ids_L = torch.tensor([*chain.from_iterable(prompt.ids for prompt in prompts)], device=self.device)
         rows = [_rows(prompt.pages, np.arange(len(prompt.ids)), self.cache.size) for prompt in prompts]
-        self.cache.begin_prefill(torch.from_numpy(np.concatenate(rows)).to(self.device))
+        self.cache.begin_prefill(self._there(np.concatenate(rows)))
         position_L = layout.positions().to(self.device)
         hidden_LD = self.policy.next_hidden(ids_L, position_L, self.cache, layout)
         last_R = torch.tensor([len(prompt.ids) for prompt in prompts], device=self.device).cumsum(0) - 1
@@ -241,25 +242,22 @@ class _Step:
 
     def decode(self, sequences: list[Running]) -> None:
         """Draw the next token of each sequence."""
-        length_S = np.array([sequence.length for sequence in sequences], np.int64)
+        size = self.cache.size
+        newest_S = np.array([sequence.length - 1 for sequence in sequences], np.int64)
         pages_SM = np.zeros((len(sequences), max(len(s.pages) for s in sequences)), np.int32)
         for row, sequence in zip(pages_SM, sequences):
             row[: len(sequence.pages)] = sequence.pages
-        newest_S = length_S - 1
-        page_S = np.take_along_axis(pages_SM, newest_S[:, None] // self.cache.size, 1)[:, 0].astype(np.int64)
-        row_S = page_S * self.cache.size + newest_S % self.cache.size
-        row_S, pages_SM, length_S, newest_S, ids_S = (
-            torch.from_numpy(x).to(self.device)
-            for x in (
-                row_S,
-                pages_SM,
-                length_S.astype(np.int32),
-                newest_S,
-                np.array([sequence.tokens[-1] for sequence in sequences], np.int64),
-            )
+        page_S = np.take_along_axis(pages_SM, newest_S[:, None] // size, 1)[:, 0].astype(np.int64)
+        ids_S = np.array([sequence.tokens[-1] for sequence in sequences], np.int64)
+        length_S = (newest_S + 1).astype(np.int32)
+        self.cache.begin_step(
+            *(self._there(x) for x in (page_S * size + newest_S % size, pages_SM, length_S))
         )
-        self.cache.begin_step(row_S, pages_SM, length_S)
-        self._draw(self.policy.next_hidden(ids_S, newest_S, self.cache), sequences)
+        hidden_SD = self.policy.next_hidden(self._there(ids_S), self._there(newest_S), self.cache)
+        self._draw(hidden_SD, sequences)
+
+    def _there(self, x: np.ndarray) -> Tensor:
+        return torch.from_numpy(x).to(self.device)
 
     def _draw(self, hidden_RD: Tensor, sequences: list[Running], rows_S: Tensor | None = None) -> None:
         """Draw a token of each sequence, from its own row or from the rows named."""

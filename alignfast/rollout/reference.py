@@ -20,7 +20,6 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from alignfast.rollout.finish import Finish
 from alignfast.rollout.prompts import check_room, encode_prompt, end_tokens, evaluating, room_for
 from alignfast.rollout.sampling import Completion, Prompt, Sampling
-from alignfast.rollout.scheduler import PromptState, Running
 
 
 class TransformersEngine:
@@ -49,7 +48,8 @@ class TransformersEngine:
         torch's own random numbers are left as they were.
         """
         encoded = [tuple(encode_prompt(self.tokenizer, prompt)) for prompt in prompts]
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        embeddings: Any = self.model.get_input_embeddings()
+        vocabulary = int(embeddings.weight.shape[0])
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         check_room(encoded, vocabulary, positions)
         stops = sampling.stop_token_ids
@@ -109,7 +109,7 @@ class TransformersEngine:
         # the scores are the logits behind temperature and filters; greedy decoding has no others than its own
         sampled_BN = _logps(output.scores, tokens_BN, 1.0) if sampling.temperature else 0 * logps_BN
         return [
-            _ended(finish, ids, *row)
+            finish.first_end(ids, *row)
             for ids, *row in zip(prompts, tokens_BN.tolist(), logps_BN.tolist(), sampled_BN.tolist())
         ]
 
@@ -153,18 +153,3 @@ def _logps(logits: Sequence[Tensor], tokens_BN: Tensor, temperature: float) -> T
         for step_BV, token_B in zip(logits, tokens_BN.T)
     ]
     return torch.stack(steps, 1)
-
-
-def _ended(
-    finish: Finish, ids: tuple[int, ...], tokens: list[int], logps: list[float], sampled: list[float]
-) -> Completion:
-    """The completion that ends at the first stop, before what fills the row."""
-    sequence = Running(PromptState(ids, 0), 0, 0, limit=len(tokens))
-    for token, logp, sampled_logp in zip(tokens, logps, sampled):
-        sequence.tokens.append(token)
-        sequence.logps.append(logp)
-        sequence.sampled_logps.append(sampled_logp)
-        completion = finish.completion(sequence)
-        if completion is not None:
-            return completion
-    raise AssertionError("a sequence ends at its limit at the latest")

@@ -21,11 +21,13 @@ from torch import Tensor
 
 from alignfast.data import PrepareReport, Tree
 from alignfast.rollout import Completion, RolloutEngine, Sampling
+from alignfast.rollout.prompts import end_tokens
 from alignfast.trainers.batches import Data
+from alignfast.trainers.rollout_func import completions_of
 
 if TYPE_CHECKING:
     from alignfast.rewards import RewardSet
-    from alignfast.trainers.loop import Trainer
+    from alignfast.trainers.on_policy import OnPolicyTrainer
 
 _FILE = "experience.safetensors"
 
@@ -127,7 +129,7 @@ def _flat(rows: Any) -> Tensor:
 
 
 def draw(
-    trainer: Trainer,
+    trainer: OnPolicyTrainer,
     engine: RolloutEngine,
     rewards: RewardSet,
     prompts: Sequence[tuple[tuple[int, ...], dict[str, Any]]],
@@ -154,16 +156,24 @@ def draw(
     mine = range(accelerator.process_index, len(prompts), accelerator.num_processes)
     numbers = [first_number + i * n + j for i in mine for j in range(n)]
     began = time.perf_counter()
+    more: dict[str, list[Any]] = {}
     with accelerator.autocast():
-        found = engine.generate([list(prompts[i][0]) for i in mine], sampling, sequence_ids=numbers)
+        if trainer.rollout_func is None:
+            ids = [list(prompts[i][0]) for i in mine]
+            found = engine.generate(ids, sampling, sequence_ids=numbers)
+            completions = [completion for group in found for completion in group]
+        else:
+            output = trainer.rollout_func([prompts[i][1]["prompt"] for i in mine], trainer)
+            stops = end_tokens(trainer.module.base, trainer.processing_class)
+            completions, more = completions_of(output, len(mine), n, trainer.processing_class, stops)
     sampled = time.perf_counter()
-    completions = [completion for group in found for completion in group]
     rows = [prompts[i][1] for i in mine for _ in range(n)]
     texts = [_answer(row, completion) for row, completion in zip(rows, completions)]
     scores = rewards.score(
         [row["prompt"] for row in rows],
         texts,
-        {name: [row.get(name) for row in rows] for name in (rows[0] if rows else {}) if name != "prompt"},
+        {name: [row.get(name) for row in rows] for name in (rows[0] if rows else {}) if name != "prompt"}
+        | more,
         completion_ids=[list(completion.token_ids) for completion in completions],
         trainer_state=trainer.state,
     )

@@ -96,6 +96,7 @@ class GRPOTrainer(OnPolicyTrainer):
             `(prompts, completions, **columns) -> list[float | None]`, `numeric`, `exact`, an import path, a reward model's
             folder.
         args: as of every trainer, like all that follows. Rows have a `prompt`; their other columns go to the functions.
+        rollout_func: TRL's hook: makes the completions in the engine's place (`alignfast.trainers.rollout_func`).
 
     >>> rows = [{"prompt": "2 + 2 =", "answer": "4"}]
     >>> trainer = GRPOTrainer("my-model", "numeric", train_dataset=rows, max_steps=100)  # doctest: +SKIP
@@ -182,6 +183,7 @@ class GRPOTrainer(OnPolicyTrainer):
             advantages_P,
             experience.gather("old_logps", batch.rows, device) if is_old else None,
             experience.gather("ref_logps", batch.rows, device),
+            experience.gather("importance_weights", batch.rows, device),
             num_items=max(1, sequences if args.loss_type in BY_SEQUENCE else tokens),
             **args.loss_options,
         )

@@ -25,7 +25,9 @@ from alignfast.trainers.batches import Counts, Data, Share, num_predictions
 from alignfast.trainers.config import TrainerConfig, config
 from alignfast.trainers.experience import Drawn, Experience, describe, draw
 from alignfast.trainers.loop import Trainer
+from alignfast.trainers.mismatch import MODES, correct
 from alignfast.trainers.reference import FrozenModel, ReferenceOptions, make_reference
+from alignfast.trainers.rollout_func import RolloutFunc
 from alignfast.trainers.state import read_json, write_json
 
 EVALUATION = 1 << 60  # where the numbers of held-out samples begin
@@ -56,7 +58,19 @@ class OnPolicyConfig(TrainerConfig):
     stop: list[str] | None = None
     """Texts that end a completion, as the end token does."""
     engine: str = "native"
-    """What samples: `native`, or `transformers` for a model that can't be packed."""
+    """What samples: `native`, `transformers` for a model that can't be packed, or `vllm`, a server (EXPERIMENTAL)."""
+    vllm_server_base_url: str | None = None
+    """Address of that server; its weights are brought up to date before each draw."""
+    vllm_server_timeout: float = 240.0
+    """Seconds to wait for it to come up."""
+    vllm_importance_sampling_correction: bool = True
+    """Weigh tokens by how much likelier they are under the policy than under the server's arithmetic."""
+    vllm_importance_sampling_mode: str = "sequence_mask"
+    """By `token` or `sequence`, and what becomes of weights beyond the cap: `_truncate` or `_mask`."""
+    vllm_importance_sampling_clip_max: float | None = 3.0
+    """The cap."""
+    vllm_importance_sampling_clip_min: float | None = None
+    """The least weight."""
     steps_per_generation: int | None = None
     """Micro-batches of a draw; None is gradient_accumulation_steps, of which it is a multiple."""
     num_iterations: int = 1
@@ -79,6 +93,13 @@ class OnPolicyConfig(TrainerConfig):
             self._require(getattr(self, name) >= 1, name, "at least 1")
         self._require(self.temperature > 0, "temperature", "above 0")
         self._choose("engine", *ENGINES)
+        self._choose("vllm_importance_sampling_mode", *MODES)
+        given = self.vllm_server_base_url is not None
+        self._require(
+            given == (self.engine == "vllm"),
+            "vllm_server_base_url",
+            "given with engine='vllm', and only then",
+        )
         accumulated = self.gradient_accumulation_steps
         self._require(
             self.micro_batches_per_draw % accumulated == 0,
@@ -112,8 +133,15 @@ class OnPolicyTrainer(Trainer):
     completions_of_each = 1  # prompt
     ref_model: Any = None  # the reference; None is the model as it was given
 
-    def __init__(self, model: Any, reward_funcs: Any, *args: Any, **rest: Any) -> None:
-        self.reward_funcs = reward_funcs
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any,
+        *args: Any,
+        rollout_func: RolloutFunc | None = None,
+        **rest: Any,
+    ) -> None:
+        self.reward_funcs, self.rollout_func = reward_funcs, rollout_func
         self.scorers: RewardSet | None = None
         self.items: list[dict[str, Any]] = []  # the rows of all data, by their numbers
         self.experience, self.drawn_at = Experience(), -1
@@ -141,7 +169,8 @@ class OnPolicyTrainer(Trainer):
 
     def prepare(self, rows: Rows) -> Prepared:
         """Prompts, each as a text that carries no loss."""
-        self.rewards.check(rows.columns, conversational=rows.conversational)
+        if self.rollout_func is None:  # which may bring columns that no one knows yet
+            self.rewards.check(rows.columns, conversational=rows.conversational)
         prompts = encode_prompts(rows, self.processing_class)
         room = (
             None if self.module.positions is None else self.module.positions - self.args.max_completion_length
@@ -211,7 +240,13 @@ class OnPolicyTrainer(Trainer):
             )
         options = ReferenceOptions(needed=self.needs_reference, temperature=args.temperature)
         self.reference: Any = make_reference(self, self.ref_model, options)
-        self.engine = make_engine(args.engine, self.module, self.processing_class)
+        if args.engine == "vllm" and self.accelerator.num_processes > 1:
+            raise ValueError(
+                "engine='vllm' serves one process: run without torchrun, or take engine='native'"
+            )
+        url, timeout = args.vllm_server_base_url, args.vllm_server_timeout
+        server = {"server_url": url, "server_timeout": timeout} if args.engine == "vllm" else {}
+        self.engine = make_engine(args.engine, self.module, self.processing_class, **server)
 
     # Drawing
 
@@ -277,6 +312,8 @@ class OnPolicyTrainer(Trainer):
             experience.trees.append(Tree(completion.prompt_ids, (completion.token_ids,), (mask,)))
             logps = [logp for logp, counts in zip(completion.logps, mask) if counts]
             experience.old_logps.append(torch.tensor(logps))
+        if self.engine.name == "vllm":
+            correct(self, experience, drawn)
         if self.needs_reference:
             experience.more["ref_logps"] = self.of_tokens(experience, self.reference.token_logps)
         return experience

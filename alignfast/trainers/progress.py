@@ -21,6 +21,10 @@ _SHOWN = (
     "rewards/accuracies",
     "eval_rewards/accuracies",
     "rewards/margins",
+    "reward",
+    "eval_reward",
+    "kl",
+    "objective/kl",
     "grad_norm",
 )
 

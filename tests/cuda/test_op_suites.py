@@ -32,8 +32,16 @@ SUITES = {
 }
 
 
-@pytest.mark.parametrize("order", ["ascending", "descending"])
-@pytest.mark.parametrize("suite", SUITES)
+# Quick tests run each suite in one order of threads, in turn; all tests in both.
+ORDERS = ("ascending", "descending")
+RUNS = [
+    pytest.param(suite, order, marks=[] if (number + place) % 2 == 0 else [pytest.mark.slow])
+    for number, suite in enumerate(SUITES)
+    for place, order in enumerate(ORDERS)
+]
+
+
+@pytest.mark.parametrize(("suite", "order"), RUNS)
 def test_suite(suite: str, order: str) -> None:
     emulated_cuda.build()
     selection, at_least = SUITES[suite]

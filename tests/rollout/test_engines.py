@@ -18,14 +18,16 @@ from transformers import PreTrainedTokenizerBase
 from alignfast.data import Tree, pack
 from alignfast.models.attention import ModelRefused
 from alignfast.models.policy import Policy
-from alignfast.rollout import ENGINES, Completion, RolloutEngine, Sampling, make_engine
+from alignfast.rollout import Completion, RolloutEngine, Sampling, make_engine
 from alignfast.rollout.native import NativeEngine
 
 TOKENIZER = make_tokenizer()
 PROMPTS = ["the cat", "a", "the dog sat on the mat and", "very happy bird", "the cat"]
 TEMPLATE = "{% for m in messages %}{{ 'happy ' + m['content'] + ' ' }}{% endfor %}"
 
-with_every_engine = pytest.mark.parametrize("name", ENGINES)
+LOCAL = ("native", "transformers")  # the third, a server, has tests of its own
+
+with_every_engine = pytest.mark.parametrize("name", LOCAL)
 
 
 def sharp_llama() -> Any:
@@ -77,7 +79,7 @@ def test_greedy_of_every_architecture(architecture: str) -> None:
     model = make_model(architecture, torch.float32).eval()
     prompts = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22], [40, 3], [5, 6, 7]]
     sampling = Sampling(temperature=0, max_new_tokens=20, stop_token_ids=())
-    native, reference = (engine_of(name, model).generate(prompts, sampling) for name in ENGINES)
+    native, reference = (engine_of(name, model).generate(prompts, sampling) for name in LOCAL)
     for (ours,), (theirs,) in zip(native, reference):
         assert ours.token_ids == theirs.token_ids
         # eager keeps Gemma 2's softcap, which the reference's sdpa drops: then their own logits differ
@@ -198,7 +200,7 @@ def test_adapters_are_obeyed() -> None:
             if "lora_" in name:
                 parameter.normal_()
     sampling = Sampling(max_new_tokens=8, temperature=0)
-    native, reference = (engine_of(name, model.eval()).generate(PROMPTS, sampling) for name in ENGINES)
+    native, reference = (engine_of(name, model.eval()).generate(PROMPTS, sampling) for name in LOCAL)
     assert texts(native) == texts(reference)
 
 

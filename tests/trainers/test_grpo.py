@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -328,7 +329,8 @@ def test_metrics_bear_trls_names(tmp_path):
         (dict(steps_per_generation=3, gradient_accumulation_steps=2), "steps_per_generation must be a multiple of 2"),
         (dict(scale_rewards="groups"), "scale_rewards must be one of group, batch, none"),
         (dict(max_length=64), "max_length must be None"),
-        (dict(engine="vlm"), "engine must be one of native, transformers"),
+        (dict(engine="vlm"), "engine must be one of native, transformers, vllm"),
+        (dict(engine="vllm"), "vllm_server_base_url must be given with"),
         (dict(max_completion_length=63), "index 0: the prompt has 2 tokens, and the model's 64 positions"),
         (dict(rows=[{"prompt": ""}]), "index 0: column 'prompt' is empty"),
         (dict(rows=[{"question": "a"}]), r"columns \(question\) make no format that is taken here: prompt"),
@@ -346,3 +348,94 @@ def test_wrong_input_is_told_before_training(tmp_path, options, message):
 def test_an_unknown_option_names_the_nearest():
     with pytest.raises(TypeError, match="num_generations"):
         GRPOConfig(num_generation=4)
+
+
+# --- who else draws ---
+
+
+def rollouts(prompts, trainer, mask_first=False):
+    """An environment that answers with the prompt's own words, and says what it thinks of them."""
+    tokenizer, n = trainer.processing_class, trainer.args.num_generations
+    output = {"prompt_ids": [], "completion_ids": [], "logprobs": [], "score": []}
+    for prompt in prompts:
+        for g in range(n):
+            ids = tokenizer(prompt)["input_ids"]
+            answer = [3 + g, *ids, tokenizer.eos_token_id]
+            output["prompt_ids"].append(ids)
+            output["completion_ids"].append(answer)
+            output["logprobs"].append([-1.0] * len(answer))
+            output["score"].append(float(g))
+    if mask_first:
+        output["env_mask"] = [[0, *[1] * (len(ids) - 1)] for ids in output["completion_ids"]]
+    return output
+
+
+def test_trls_rollout_func_takes_the_engines_place(tmp_path):
+    trainer = make_trainer(
+        tmp_path, lambda completions, score, **columns: score, max_steps=1,
+        rollout_func=lambda prompts, trainer: rollouts(prompts, trainer, mask_first=True),
+    )  # fmt: skip
+    trainer.train()
+    assert logged(trainer, "reward") == [1.5]
+    assert logged(trainer, "completions/clipped_ratio") == [0.0]
+    for tree in trainer.experience.trees:
+        assert tree.trained[0] == (False, *[True] * (len(tree.answers[0]) - 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda output: output.pop("logprobs"), "it left out logprobs"),
+        (
+            lambda output: output["prompt_ids"].pop(),
+            "must return 8 items in each field, 4 for each of 2 prompts",
+        ),
+        (lambda output: output["logprobs"][2].pop(), "completion 2 has"),
+    ],
+)
+def test_a_wrong_rollout_is_told(tmp_path, change, message):
+    def wrong(prompts, trainer):
+        output = rollouts(prompts, trainer)
+        change(output)
+        return output
+
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, rollout_func=wrong).train()
+
+
+class OtherArithmetic:
+    """An engine whose log-probs are a little off, as a server's are."""
+
+    name = "vllm"
+
+    def __init__(self, engine, off):
+        self.engine, self.off = engine, off
+
+    def generate(self, *args, **options):
+        found = self.engine.generate(*args, **options)
+        return [
+            [replace(c, logps=(0.0,) * len(c.logps), sampled_logps=tuple(x + self.off for x in c.sampled_logps)) for c in group]
+            for group in found
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("off", "weight"), [(-0.1, math.exp(0.1)), (-2.0, 0.0)])
+def test_another_engines_tokens_are_weighed(tmp_path, off, weight):
+    trainer = make_trainer(
+        tmp_path, max_steps=1, steps_per_generation=2, per_device_train_batch_size=4,
+        vllm_importance_sampling_mode="token_mask",
+    )  # fmt: skip
+    before = trainer.before_training
+
+    def with_another_engine():
+        before()
+        trainer.engine = OtherArithmetic(trainer.engine, off)
+
+    trainer.before_training = with_another_engine
+    trainer.train()
+    assert logged(trainer, "ratio")[0] == pytest.approx(
+        1.0, abs=1e-5
+    )  # against the policy's own, not the engine's
+    for weights in trainer.experience.more["importance_weights"]:
+        assert torch.allclose(weights, torch.tensor(weight), atol=1e-4)
+    assert logged(trainer, "sampling/sampling_logp_difference/mean")[0] == pytest.approx(-off, abs=1e-4)

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from trainers.test_grpo import logged, share_of_the
+from trainers.test_grpo import OtherArithmetic, logged, share_of_the
 from trainers.tiny import make_gpt2_with_dropout, make_llama, make_reward_llama, make_tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
 from alignfast import PPOConfig, PPOTrainer
 from alignfast.kernels import gae
@@ -293,6 +293,34 @@ def test_a_step_without_a_trained_token_leaves_the_weights(tmp_path):
     if not any(any(tree.trained[0]) for tree in trainer.experience.trees):
         assert all(map(torch.equal, before, trainer.module.parameters()))
     assert math.isfinite(logged(trainer, "loss")[0])
+
+
+@pytest.mark.parametrize(("off", "weight"), [(-0.1, math.exp(0.1)), (-2.0, 0.0)])
+def test_another_engines_tokens_are_weighed(tmp_path, off, weight):
+    """Beyond the cap a token teaches the policy nothing; the critic learns from it all the same."""
+    trainer = make_trainer(
+        tmp_path, by_length, max_steps=1, vllm_importance_sampling_mode="token_mask", learning_rate=0.0,
+        max_grad_norm=0,
+    )  # fmt: skip
+    before, gradients = trainer.before_training, {}
+
+    def with_another_engine():
+        before()
+        trainer.engine = OtherArithmetic(trainer.engine, off)
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, *args, **options):
+            for name, p in trainer.module.named_parameters():
+                reached = p.grad is not None and bool(p.grad.any())
+                gradients[name.split(".")[0]] = gradients.get(name.split(".")[0], False) or reached
+
+    trainer.before_training = with_another_engine
+    trainer.add_callback(Keep)
+    trainer.train()
+    assert logged(trainer, "val/ratio")[0] == pytest.approx(1.0, abs=1e-5)
+    for weights in trainer.experience.more["importance_weights"]:
+        assert torch.allclose(weights, torch.tensor(weight), atol=1e-4)
+    assert gradients == {"model": weight > 0, "critic": True}
 
 
 def test_the_critic_has_a_rate_of_its_own(tmp_path):
