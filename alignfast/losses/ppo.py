@@ -142,6 +142,7 @@ def ppo_objective(
     advantages_P: Tensor,
     old_logps_P: Tensor | None,
     ref_logps_P: Tensor | None = None,
+    importance_weights_P: Tensor | None = None,
     *,
     num_items: int,
     **options: Any,
@@ -153,6 +154,7 @@ def ppo_objective(
         advantages_P: of each prediction.
         old_logps_P: log-probs under the policy that drew; None where that is the policy itself.
         ref_logps_P: those of the reference, where beta > 0.
+        importance_weights_P: constant factors on the loss, where another engine drew the tokens.
         num_items: predictions of the whole step.
         **options: of `policy_loss`, but for its loss_type.
 
@@ -161,8 +163,9 @@ def ppo_objective(
         of (r - 1)^2: the mean of r is 1 where the old policy drew. Sums, which `ppo_counts` turns into means.
     """
     objective = policy_objective(
-        lengths, advantages_P, old_logps_P, ref_logps_P, num_items=num_items, loss_type="ppo", **options
-    )
+        lengths, advantages_P, old_logps_P, ref_logps_P, importance_weights_P,
+        num_items=num_items, loss_type="ppo", **options,
+    )  # fmt: skip
 
     def loss_fn(stats: Stats, rows: slice) -> tuple[Tensor, Metrics]:
         loss, sums = objective(stats, rows)

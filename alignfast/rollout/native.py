@@ -127,7 +127,9 @@ class NativeEngine:
         theirs_N = theirs_NV.log_softmax(-1).gather(1, tokens_N1)[:, 0]
         ours_N = torch.tensor(completion.logps, device=device)
         difference = float((ours_N - theirs_N).abs().max() / theirs_NV.abs().max())
-        tolerance = 2 * PROBE_TOLERANCE[base.dtype]  # a log-prob is a difference of two
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else base.dtype
+        tolerance = 2 * PROBE_TOLERANCE[dtype]  # a log-prob is a difference of two
         if not difference <= tolerance:
             raise ModelRefused(
                 f"{type(base).__name__} gives other log-probs in the native engine than on its own: they differ by "

@@ -251,7 +251,7 @@ class PPOTrainer(OnPolicyTrainer):
         """The policy's and the critic's loss, means over the step's tokens."""
         args, experience, device = self.args, self.experience, batch.source_P.device
         num_items = max(1, self.step_counts["tokens"])
-        names = ("advantages", "old_logps", "ref_logps", "values", "returns")
+        names = ("advantages", "old_logps", "ref_logps", "importance_weights", "values", "returns")
         found = {name: experience.gather(name, batch.rows, device) for name in names}
         assert found["advantages"] is not None
         # a draw of one step is trained on by the policy that drew it: its own log-probs give a ratio of exactly 1
@@ -261,6 +261,7 @@ class PPOTrainer(OnPolicyTrainer):
             found["advantages"],
             found["old_logps"] if is_old else None,
             found["ref_logps"],
+            found["importance_weights"],
             num_items=num_items,
             **args.loss_options,
         )

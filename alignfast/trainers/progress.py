@@ -24,6 +24,7 @@ _SHOWN = (
     "reward",
     "eval_reward",
     "kl",
+    "objective/kl",
     "grad_norm",
 )
 

@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from trainers.test_grpo import logged, share_of_the
+from trainers.test_grpo import OtherArithmetic, logged, share_of_the
 from trainers.tiny import make_gpt2_with_dropout, make_llama, make_reward_llama, make_tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
 from alignfast import PPOConfig, PPOTrainer
 from alignfast.kernels import gae
+from alignfast.models import load_policy
+from alignfast.models.value import ValueHead
+from alignfast.trainers.critic import load_critic_weights, save_critic
 from alignfast.trainers.kl_control import KLController
 
 ROWS = [{"prompt": prompt} for prompt in ["the cat", "a dog sat", "bird", "very happy"]] * 4
@@ -60,7 +63,7 @@ def eager_to_end(model=None):
     [
         {},
         dict(critic="shared"),
-        dict(steps_per_generation=2, per_device_train_batch_size=8, max_steps=160, whiten_rewards=True),
+        dict(steps_per_generation=2, per_device_train_batch_size=8, max_steps=96, whiten_rewards=True),
         dict(kl_coef=0, beta=0.02, entropy_coef=0.005, dual_clip=3.0),
         dict(target_kl=6.0, kl_horizon=100, kl_estimator="k3", critic_learning_rate=2e-2),
         LORA,
@@ -71,7 +74,7 @@ def eager_to_end(model=None):
 def test_it_learns_what_is_rewarded(tmp_path, options):
     trainer = make_trainer(
         tmp_path,
-        **{"max_steps": 100, "per_device_train_batch_size": 16, "kl_coef": 0.01, "vf_coef": 0.5, **options},
+        **{"max_steps": 64, "per_device_train_batch_size": 16, "kl_coef": 0.01, "vf_coef": 0.5, **options},
     )
     trainer.train()
     rewards = logged(trainer, "reward")
@@ -292,6 +295,34 @@ def test_a_step_without_a_trained_token_leaves_the_weights(tmp_path):
     assert math.isfinite(logged(trainer, "loss")[0])
 
 
+@pytest.mark.parametrize(("off", "weight"), [(-0.1, math.exp(0.1)), (-2.0, 0.0)])
+def test_another_engines_tokens_are_weighed(tmp_path, off, weight):
+    """Beyond the cap a token teaches the policy nothing; the critic learns from it all the same."""
+    trainer = make_trainer(
+        tmp_path, by_length, max_steps=1, vllm_importance_sampling_mode="token_mask", learning_rate=0.0,
+        max_grad_norm=0,
+    )  # fmt: skip
+    before, gradients = trainer.before_training, {}
+
+    def with_another_engine():
+        before()
+        trainer.engine = OtherArithmetic(trainer.engine, off)
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, *args, **options):
+            for name, p in trainer.module.named_parameters():
+                reached = p.grad is not None and bool(p.grad.any())
+                gradients[name.split(".")[0]] = gradients.get(name.split(".")[0], False) or reached
+
+    trainer.before_training = with_another_engine
+    trainer.add_callback(Keep)
+    trainer.train()
+    assert logged(trainer, "val/ratio")[0] == pytest.approx(1.0, abs=1e-5)
+    for weights in trainer.experience.more["importance_weights"]:
+        assert torch.allclose(weights, torch.tensor(weight), atol=1e-4)
+    assert gradients == {"model": weight > 0, "critic": True}
+
+
 def test_the_critic_has_a_rate_of_its_own(tmp_path):
     trainer = make_trainer(tmp_path, learning_rate=0, critic_learning_rate=1e-2, max_steps=8, kl_coef=0)
     before = {name: p.clone() for name, p in trainer.module.named_parameters()}
@@ -332,7 +363,7 @@ def test_resumed_in_the_middle_of_a_draw_is_the_run_that_was_not_stopped(tmp_pat
     make = options.pop("model", make_llama)
     whole = make_trainer(tmp_path, model=make(), **options)
     whole.train()
-    for step in (1, 4, 6):
+    for step in (1, 6):
         resumed = make_trainer(tmp_path, model=make(), **options)
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / f"step-{step}"))
         for a, b in zip(whole.module.parameters(), resumed.module.parameters()):
@@ -374,6 +405,15 @@ def test_metrics_bear_the_names_that_people_know(tmp_path):
     names += " policy/approxkl_avg policy/clipfrac_avg policy/entropy_avg loss/policy_avg loss/value_avg val/clipfrac_avg"
     names += " val/ratio val/ratio_var val/explained_variance reward completions/mean_length seconds/sampling"
     assert set(names.split()) <= set(trainer.state.log_history[0])
+
+
+@pytest.mark.parametrize("critic", CRITICS)
+def test_mixed_precision_trains_and_its_values_stay_exact(tmp_path, critic):
+    trainer = make_trainer(tmp_path, critic=critic, bf16=True, use_cpu=True)
+    trainer.train()
+    assert trainer.experience.more["values"][0].dtype == torch.float32
+    assert all(map(math.isfinite, logged(trainer, "loss/value_avg")))
+    assert logged(trainer, "val/ratio")[0] == pytest.approx(1, abs=1e-2)
 
 
 # --- refusals ---
@@ -430,6 +470,17 @@ def test_critics_from_a_folder_that_can_not_be(tmp_path):
         make_trainer(tmp_path, value_model=headless)
     with pytest.raises(ValueError, match="2 outputs"):
         make_trainer(tmp_path, value_model=a_classifier(tmp_path / "two", num_labels=2))
+
+
+def test_a_checkpoint_without_its_critic_is_refused(tmp_path):
+    own, shared = (make_trainer(tmp_path / critic, critic=critic).module.critic for critic in CRITICS)
+    with pytest.raises(ValueError, match="holds no folder critic"):
+        load_critic_weights(own, tmp_path)
+    with pytest.raises(ValueError, match="starts from a folder with value_head"):
+        load_critic_weights(shared, tmp_path)
+    save_critic(ValueHead(load_policy(make_llama(hidden_size=8))), tmp_path, is_main=True)
+    with pytest.raises(ValueError, match="it is of another model"):
+        load_critic_weights(shared, tmp_path)
 
 
 @pytest.mark.parametrize(
