@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from alignfast.cli import main
 from alignfast.commands.recipes import RECIPES
 from alignfast.models import is_reward_model
+from alignfast.trainers.metrics import read_metrics
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -59,6 +60,7 @@ def test_recipes(recipe: str, workplace: Path) -> None:
             "8",
             "--gradient_accumulation_steps",
             "1",
+            *("--eval_dataset", data, "--judge", "exact", "--gold_reward_funcs", "format"),
         ]
     if method == "ppo":
         words += ["--steps_per_generation", "2"]
@@ -68,6 +70,11 @@ def test_recipes(recipe: str, workplace: Path) -> None:
     assert (output / "adapter_config.json").is_file() == (recipe == "dpo_lora")
     assert is_reward_model(str(output)) == (recipe == "reward")
     assert (output / "critic" / "model.safetensors").is_file() == (recipe == "ppo")
+    if method == "grpo":
+        evaluated = [row for row in read_metrics(output / "metrics.jsonl") if "eval_win_rate" in row]
+        assert "eval_gold/rewards/format/mean" in evaluated[-1]
+        drawn = (output / "samples.jsonl").read_text().splitlines()
+        assert any("rewards" in json.loads(line) for line in drawn)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

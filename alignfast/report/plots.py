@@ -110,7 +110,10 @@ def frontier_plot(points: Mapping[str, Points], *, across: str, label: str) -> s
                 side.tick_params(axis="y", labelcolor=colour)
         axes.set_xlabel(across)
         if len(points) > 1:
-            axes.legend(handles=handles, loc="best")
+            # above the plot: "best" would know the points of one scale alone
+            axes.legend(
+                handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(points), borderaxespad=0
+            )
         return svg(figure, label)
 
 

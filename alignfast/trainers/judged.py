@@ -102,18 +102,20 @@ class Judged:
         """Draw from the start policy what it is to be remembered by. To be called on all ranks before the first step."""
         if self.trained:
             return
-        if self.trainer.eval_data and self._compares():
-            self._judge.check()  # type: ignore[union-attr]
+        if self.trainer.eval_data and self._pairwise is not None:
+            self._pairwise.check()
         for data in self.trainer.eval_data.values():
             if _key(data) not in self.starts:
                 self._remember(data, self._draw(data))
         self.trained = True
 
     def _remember(self, data: Data, drawn: list[Drawn]) -> Start:
-        texts = [of.completion.text for of in drawn] if self._compares() else []
-        scores = [] if self._compares() else self._scores(data, drawn)
-        self.starts[_key(data)] = Start(scores, texts)
-        return self.starts[_key(data)]
+        if self._pairwise is None:
+            start = Start(self._scores(data, drawn), [])
+        else:
+            start = Start([], [of.completion.text for of in drawn])
+        self.starts[_key(data)] = start
+        return start
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -176,11 +178,7 @@ class Judged:
                 "is made"
             )
             return {}
-        if self._compares():
-            verdicts = self._over_ranks(drawn, lambda mine: self._compare(data, mine, drawn, start))
-            ours_N, theirs_N = np.array(verdicts), np.full(len(verdicts), 0.5)
-        else:
-            ours_N, theirs_N = np.array(self._scores(data, drawn)), np.array(start.scores)
+        ours_N, theirs_N = map(np.array, self._sides(data, drawn, start))
         known_N = np.isfinite(ours_N) & np.isfinite(theirs_N)
         if not known_N.any():
             self.trainer.log.warn(f"no win rate: {self.judge_name} judged none of {len(drawn)} pairs")
@@ -203,8 +201,10 @@ class Judged:
         sampling = trainer.args.sampling(trainer.completions_in_evaluation)
         return draw(trainer, trainer.engine, trainer.rewards, prompts, sampling, EVALUATION)[0]
 
-    def _compares(self) -> bool:
-        return self._judge is not None and not isinstance(self._judge, RewardSet)
+    @property
+    def _pairwise(self) -> PairwiseJudge | None:
+        """The judge, where it compares."""
+        return None if isinstance(self._judge, RewardSet) else self._judge
 
     def _scores(self, data: Data, drawn: list[Drawn]) -> list[float]:
         """The judge's score of each completion."""
@@ -226,15 +226,23 @@ class Judged:
             self.trainer.log.warn(f"left out of evaluation:\n{scores.summary()}")
         return list(zip(scores.rewards_N.tolist(), scores.per_function_NF.tolist()))
 
-    def _compare(self, data: Data, mine: list[Drawn], drawn: list[Drawn], start: Start) -> list[float]:
-        """The judge's verdicts on completions of this rank; NaN without one."""
+    def _sides(self, data: Data, drawn: list[Drawn], start: Start) -> tuple[list[float], list[float]]:
+        """Scores of both sides of each pair; of a judge that compares, its verdict and the middle. NaN without one."""
+        judge = self._pairwise
+        if judge is None:
+            return self._scores(data, drawn), start.scores
         texts = {id(of): text for of, text in zip(drawn, start.texts)}
-        verdicts: list[float | None] = self._judge.compare(  # type: ignore[union-attr]
-            [self._row(data, of)["prompt"] for of in mine],
-            [of.completion.text for of in mine],
-            [texts[id(of)] for of in mine],
-        )
-        return [math.nan if verdict is None else float(verdict) for verdict in verdicts]
+
+        def compare(mine: list[Drawn]) -> list[float]:
+            found = judge.compare(
+                [self._row(data, of)["prompt"] for of in mine],
+                [of.completion.text for of in mine],
+                [texts[id(of)] for of in mine],
+            )
+            return [math.nan if verdict is None else float(verdict) for verdict in found]
+
+        verdicts = self._over_ranks(drawn, compare)
+        return verdicts, [0.5] * len(verdicts)
 
     def _row(self, data: Data, of: Drawn) -> dict[str, Any]:
         return self.trainer.items[data.first + of.group]

@@ -74,6 +74,9 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps",
     ),
     "reference log-probs are computed in batches of per_device_eval_batch_size": ("precompute_ref_batch_size",),
+    "samples.jsonl in output_dir holds completions with their rewards": (
+        "log_unique_prompts", "log_completions_hub_repo", "log_multimodal",
+    ),
     "name a loss_type that needs no reference": ("reference_free",),
     "passes over a draw are num_iterations": ("num_ppo_epochs", "ppo_epochs"),
     "a draw is steps_per_generation micro-batches, and a step gradient_accumulation_steps of them": (
