@@ -7,6 +7,10 @@ RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
 BUILT := build/built
 WHEEL := build/wheel
+# So many tests at once, of one thread each: OpenMP's threads wait for each other where cores are shared.
+PROCESSES ?= 2
+ONE_THREAD := OMP_NUM_THREADS=1
+PARALLEL := -q -n $(PROCESSES) --dist worksteal
 SOURCES := $(shell find csrc -type f) setup.py
 
 .PHONY: quickstart test test-all check bench lint wheel clean
@@ -15,10 +19,10 @@ quickstart: $(BUILT)
 	$(VENV)/bin/alignfast quickstart
 
 test: $(BUILT)
-	$(RUN) -m pytest -q -m "not slow"
+	$(ONE_THREAD) $(RUN) -m pytest $(PARALLEL) -m "not slow"
 
 test-all: $(BUILT)
-	$(RUN) -m pytest -q
+	$(ONE_THREAD) $(RUN) -m pytest $(PARALLEL)
 
 check: lint test wheel
 
@@ -41,7 +45,7 @@ wheel: $(BUILT)
 	$(RUN) -m build --wheel --outdir $(WHEEL)
 	$(RUN) -m pip install -q --no-deps --target $(WHEEL)/site $(WHEEL)/*.whl
 	cd $(WHEEL) && PYTHONPATH=$(CURDIR)/$(WHEEL)/site $(CURDIR)/$(RUN) -c "import alignfast as a; assert '$(WHEEL)' in a.__file__, a.__file__"
-	cd $(WHEEL) && PYTHONPATH=$(CURDIR)/$(WHEEL)/site $(CURDIR)/$(VENV)/bin/pytest -q -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -m "not slow" $(CURDIR)/tests
+	cd $(WHEEL) && $(ONE_THREAD) PYTHONPATH=$(CURDIR)/$(WHEEL)/site $(CURDIR)/$(VENV)/bin/pytest $(PARALLEL) -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -m "not slow" $(CURDIR)/tests
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -183,7 +183,9 @@ def train_ours(
         name, seconds = "replay", {"prefill": 0.0, "decode": 0.0}
 
         def generate(self, prompts: Any, sampling: Sampling, **_: Any) -> list[list[Completion]]:
-            return [[_completion(trainer, ids, tokens) for tokens in replayed(ids, work)] for ids in prompts]
+            return [
+                [completion_of(trainer, ids, tokens) for tokens in replayed(ids, work)] for ids in prompts
+            ]
 
     class Timed(GRPOTrainer):
         """With clocks around its parts."""
@@ -206,7 +208,8 @@ def train_ours(
     return [row for row in lines if "loss" in row], clock
 
 
-def _completion(trainer: Any, ids: Sequence[int], tokens: list[int]) -> Any:
+def completion_of(trainer: Any, ids: Sequence[int], tokens: list[int]) -> Any:
+    """Stored tokens as an engine gives them, without log-probs."""
     from alignfast.rollout import Completion
 
     nothing = (0.0,) * len(tokens)

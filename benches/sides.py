@@ -7,6 +7,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ TUNED = {
 AS_IT_COMES = "alignfast as it comes"  # our trainer with `keep_cpu_memory`, its default
 
 
-def run(script: str, provider: str, allocator: str, folder: Path, *more: str) -> dict[str, Any]:
+def run(
+    script: str,
+    provider: str,
+    allocator: str,
+    folder: Path,
+    *more: str,
+    variables: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """What one process of a script beside this file prints as its last line.
 
     Args:
@@ -28,12 +36,13 @@ def run(script: str, provider: str, allocator: str, folder: Path, *more: str) ->
         allocator: `installed` or `tuned`.
         folder: for what the run writes.
         *more: further arguments of the script.
+        variables: of the environment, for this script alone.
     """
     command = [
         sys.executable, str(Path(__file__).with_name(script)), "--provider", provider.split()[0],
         "--output", str(folder), "--keep-cpu-memory", "yes" if provider == AS_IT_COMES else "no", *more,
     ]  # fmt: skip
-    environment = {**os.environ, **(TUNED if allocator == "tuned" else {})}
+    environment = {**os.environ, **(TUNED if allocator == "tuned" else {}), **(variables or {})}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

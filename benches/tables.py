@@ -16,6 +16,7 @@ Row = dict[str, Any]
 STEPS = (
     ("dpo step", "DPO step", ("loss_difference", "largest difference of a loss")),
     ("grpo step", "GRPO step", ("gradient_difference", "largest difference of a gradient norm, replayed")),
+    ("ppo step", "PPO step beside TRL 1.12", ("difference", "largest difference of a metric, replayed")),
 )
 
 

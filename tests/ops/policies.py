@@ -122,10 +122,11 @@ class Tokens:
             metrics["kl"] = kl.detach().sum()
         return [loss_T, *(metrics[key].to(loss_T) for key in sorted(metrics))]
 
-    def case(self, device: str, name: str, **options: Any) -> c.Case:
+    def case(self, device: str, name: str, *, times: int = 1, **options: Any) -> c.Case:
+        """`times`, a power of two, multiplies the losses, exactly."""
         return c.Case(
-            lambda x_T: self.peer(x_T, name, **options)[0],
-            lambda x_T: self.call(x_T, name, "torch", **options)[0],
+            lambda x_T: times * self.peer(x_T, name, **options)[0],
+            lambda x_T: times * self.call(x_T, name, "torch", **options)[0],
             [self.logps_T.to(device)],
         )
 

@@ -72,7 +72,10 @@ class Problem(NamedTuple):
         return (stats_KGT * self.upstream_KGT[wanted].to(stats_KGT.dtype)).sum((0, 2))
 
     def shuffled(self, hidden_TD: Tensor, weight_VD: Tensor, *bias_V: Tensor) -> tuple[Problem, list[Tensor]]:
-        """The same problem G times, with tokens, width and vocabulary in another order: other sums, other errors."""
+        """G problems of the same kind: tokens, width and vocabulary in another order, so other sums and other errors.
+
+        A width of 1 has one order alone: hidden states move by 2^-9, the last bit or two of bfloat16.
+        """
         generator, device = torch.Generator().manual_seed(1), hidden_TD.device
         targets, upstream, leaves = [], [], []
         for _ in range(_CROWD):
@@ -82,7 +85,9 @@ class Problem(NamedTuple):
             v = v if self.kept_V is None else v.sort().values
             targets.append(moved(self.targets_GT[0, t], v.argsort()))
             upstream.append(self.upstream_KGT[:, 0, t])
-            leaves.append([hidden_TD[t][:, d], weight_VD[v][:, d], *(x[v] for x in bias_V)])
+            factor_TD = 1 + (torch.rand(hidden_TD.shape, generator=generator).to(device) - 0.5) / 256
+            near_TD = (hidden_TD[t][:, d] * factor_TD).to(hidden_TD.dtype)
+            leaves.append([near_TD, weight_VD[v][:, d], *(x[v] for x in bias_V)])
         many = self._replace(
             targets_GT=torch.stack(targets), upstream_KGT=torch.stack(upstream, 1), pieces=()
         )

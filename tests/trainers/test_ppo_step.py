@@ -131,7 +131,6 @@ def test_prompts_in_every_form_are_the_same():
         (dict(reward=lambda p, c: [None, None]), "finite numbers"),
         (dict(prompts=["the", ""]), "has no token to start from"),
     ],
-    ids=str,
 )
 def test_wrong_input_is_told(options, message):
     model = make_llama()
