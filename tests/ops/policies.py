@@ -6,6 +6,7 @@ Letters: T tokens, S sequences.
 from __future__ import annotations
 
 import math
+from copy import copy
 from typing import Any
 
 import pytest
@@ -51,6 +52,17 @@ class Tokens:
         self.mask_T = torch.rand(T, generator=generator) > 0.2
         for x_T in (self.logps_T, self.old_T, self.advantages_T, self.ref_T):
             x_T[~self.mask_T] = math.nan
+
+    def shaken(self, times: int) -> Tokens:
+        """The same tokens so many times, each log-prob moved in its last four bits: as large, with other roundings."""
+        generator, many = torch.Generator().manual_seed(1), copy(self)
+        many.lengths = self.lengths * times
+        for name in ("logps_T", "old_T", "advantages_T", "ref_T"):
+            factor_T = 1 + (torch.rand(times * len(self.logps_T), generator=generator) - 0.5) * 2**-20
+            setattr(many, name, getattr(self, name).repeat(times) * factor_T)
+        sequence = len(self.lengths) * torch.arange(times).repeat_interleave(len(self.logps_T))
+        many.seq_T, many.mask_T = self.seq_T.repeat(times) + sequence, self.mask_T.repeat(times)
+        return many
 
     @property
     def kept_lengths(self) -> Tensor:

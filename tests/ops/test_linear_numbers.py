@@ -37,6 +37,7 @@ class Problem(NamedTuple):
     upstream_KGT: Tensor  # what the loss multiplies each statistic by; rows of 0 are dropped
     pieces: tuple[int, ...] = ()  # rows the peer multiplies at once: as many as the backend, else g of T
     kept_V: Tensor | None = None  # columns whose bias is not -inf: the peer has no others
+    cut_G: tuple[int, ...] = ()  # words from here on are multiplied with the width in the opposite order
 
     @property
     def head(self) -> dict[str, Any]:
@@ -57,8 +58,12 @@ class Problem(NamedTuple):
         logits = []
         for g, (hidden_TD, *others) in enumerate(zip(*(x.to(compute) for x in (hidden_GTD, *leaves)))):
             T = max(1, len(hidden_TD))
+            cut = self.cut_G[g] if self.cut_G else others[0].shape[0]
             # products of other numbers of rows add in other orders: rows of equal numbers may get unequal errors
-            logits += [linear(hidden_ND, *others) for hidden_ND in hidden_TD.split(self.pieces or T - g % T)]
+            for hidden_ND in hidden_TD.split(self.pieces or T - g % T):
+                near = linear(hidden_ND, *(x[:cut] for x in others))
+                far = linear(hidden_ND.flip(1), others[0][cut:].flip(1), *(x[cut:] for x in others[1:]))
+                logits.append(torch.cat((near, far), 1))
         return textbook(torch.cat(logits), targets, options_of(*self.option))
 
     def by_definition(self, *leaves: Tensor) -> list[Tensor]:
@@ -72,9 +77,11 @@ class Problem(NamedTuple):
         return (stats_KGT * self.upstream_KGT[wanted].to(stats_KGT.dtype)).sum((0, 2))
 
     def shuffled(self, hidden_TD: Tensor, weight_VD: Tensor, *bias_V: Tensor) -> tuple[Problem, list[Tensor]]:
-        """G problems of the same kind: tokens, width and vocabulary in another order, so other sums and other errors.
+        """The same problem G times, rounded otherwise, as large and as far from a tie.
 
-        A width of 1 has one order alone: hidden states move by 2^-9, the last bit or two of bfloat16.
+        Tokens, width and vocabulary stand in another order, and two parts of the vocabulary in two orders of the width:
+        equal words get unequal errors. What is float32 moves in its last bits: a width of 1 has one order alone. Upstream
+        gradients change their signs: a sum of five errors may be 0.
         """
         generator, device = torch.Generator().manual_seed(1), hidden_TD.device
         targets, upstream, leaves = [], [], []
@@ -84,12 +91,18 @@ class Problem(NamedTuple):
             )
             v = v if self.kept_V is None else v.sort().values
             targets.append(moved(self.targets_GT[0, t], v.argsort()))
-            upstream.append(self.upstream_KGT[:, 0, t])
-            factor_TD = 1 + (torch.rand(hidden_TD.shape, generator=generator).to(device) - 0.5) / 256
+            upstream_KT = self.upstream_KGT[:, 0, t]
+            signs_KT = 2 * torch.randint(0, 2, upstream_KT.shape, generator=generator) - 1
+            upstream.append(upstream_KT * signs_KT.to(device))
+            factor_TD = 1 + (torch.rand(hidden_TD.shape, generator=generator).to(device) - 0.5) * 2**-20
             near_TD = (hidden_TD[t][:, d] * factor_TD).to(hidden_TD.dtype)
             leaves.append([near_TD, weight_VD[v][:, d], *(x[v] for x in bias_V)])
+        V = len(weight_VD) if self.kept_V is None else int(self.kept_V.sum())
         many = self._replace(
-            targets_GT=torch.stack(targets), upstream_KGT=torch.stack(upstream, 1), pieces=()
+            targets_GT=torch.stack(targets),
+            upstream_KGT=torch.stack(upstream, 1),
+            pieces=(),
+            cut_G=tuple(g % (V + 1) for g in range(_CROWD)),
         )
         return many, [torch.stack(x) for x in zip(*leaves)]
 

@@ -28,12 +28,10 @@ CORRECTED = {"beta": 0.2, "use_bias_correction_kl": True, "epsilon_high": 0.28}
 def conform(backend: str, device: str, lengths: list[int], name: str, seed: int = 0, **options: Any) -> None:
     """Losses and gradients by the common rule; metrics by `hold_metrics`.
 
-    The crowd has sequences of the same lengths, so numbers as large: a loss is divided by its sequence's length and by
-    the number of sequences, of which the crowd has `_CROWD` times as many.
+    A loss is divided by the number of sequences, of which the crowd has `_CROWD` times as many.
     """
-    spread = options.pop("spread", 0.3)
-    tokens = Tokens(lengths, spread=spread, seed=seed)
-    crowd = Tokens(lengths * _CROWD, spread=spread, seed=seed + 1)
+    tokens = Tokens(lengths, spread=options.pop("spread", 0.3), seed=seed)
+    crowd = tokens.shaken(_CROWD)
     run = lambda x_T: tokens.call(x_T, name, backend, **options)[0]  # noqa: E731
     many = crowd.case(device, name, times=_CROWD, **options)
     c.conform(run, tokens.case(device, name, **options), crowd=many)
