@@ -80,10 +80,12 @@ class Problem(NamedTuple):
         """The same problem G times, rounded otherwise, as large and as far from a tie.
 
         Tokens, width and vocabulary stand in another order, and two parts of the vocabulary in two orders of the width:
-        equal words get unequal errors. What is float32 moves in its last bits: a width of 1 has one order alone. Upstream
-        gradients change their signs: a sum of five errors may be 0.
+        equal words get unequal errors. Hidden states move in the last bits of the type that is computed in: a width of 1
+        has one order alone, and sums of 16-bit products are often exact. Upstream gradients change their signs: a sum of
+        five errors may be 0.
         """
         generator, device = torch.Generator().manual_seed(1), hidden_TD.device
+        hidden_TD, weight_VD, *bias_V = (x.to(tile_dtype(hidden_TD)) for x in (hidden_TD, weight_VD, *bias_V))
         targets, upstream, leaves = [], [], []
         for _ in range(_CROWD):
             t, d, v = (
