@@ -21,7 +21,7 @@ from grpo_step import WORKS
 from harness import need, sizes
 from sides import AS_IT_COMES
 
-STEPS = sizes(10, 2)
+STEPS = sizes(6, 2)
 REPLAYED_STEPS = 3
 SAME = 1e-4
 
