@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -173,6 +174,22 @@ def test_groups_without_variance_are_drawn_again(tmp_path):
     trainer = make_trainer(tmp_path, only_birds, dynamic_sampling_rounds=3, max_steps=4)
     trainer.train()
     assert max(logged(trainer, "resampled_groups")) >= 1
+
+
+def test_the_seconds_of_every_round_are_counted(tmp_path):
+    """A draw whose rewards are all alike is drawn again in both rounds, and each call of the reward takes 20 ms."""
+    calls = []
+
+    def slow(completions, **columns):
+        calls.append(len(completions))
+        time.sleep(0.02)
+        return [0.0] * len(completions)
+
+    trainer = make_trainer(tmp_path, slow, dynamic_sampling_rounds=2, max_steps=1)
+    trainer.train()
+    assert calls == [8, 8, 8]
+    assert logged(trainer, "seconds/rewards")[0] >= 0.06
+    assert logged(trainer, "resampled_groups") == [4.0]
 
 
 def test_what_has_no_reward_is_left_out_never_scored_0(tmp_path, caplog):
