@@ -197,7 +197,8 @@ class Trainer(Hooks):
             "train_samples_per_second": steps * self.plan.rows_per_step / self.plan.steps_per_draw / seconds,
             "train_loss": losses / max(1, taken),
         }
-        self._tell(figures)
+        if steps:  # a run that had ended keeps its figures
+            self._tell(figures)
         self.log.say(f"{steps} steps in {duration(seconds)}")
         self.control = self.handler.on_train_end(args, state, self.control)
         if args.push_to_hub:
