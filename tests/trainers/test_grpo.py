@@ -331,6 +331,13 @@ def test_metrics_bear_trls_names(tmp_path):
     names += " completions/mean_length completions/clipped_ratio rewards/share_of_the/mean seconds/sampling"
     assert set(names.split()) <= set(rows[0])
     assert 0 < rows[0]["seconds/prefill"] + rows[0]["seconds/decode"] <= rows[0]["seconds/sampling"]
+    stages = "sampling rewards logps forward backward optimizer".split()
+    tokens = 0
+    for row in [row for row in rows if "loss" in row]:
+        seconds, trained = [row[f"seconds/{name}"] for name in stages], row["num_tokens"] - tokens
+        tokens = row["num_tokens"]
+        assert min(seconds) > 0
+        assert 0.5 < sum(seconds) / (trained / row["tokens_per_second"]) < 1  # the rest is Python's
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
 
 
