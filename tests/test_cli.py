@@ -116,6 +116,18 @@ def test_sft_with_trls_names_and_resume(tmp_path: Path, model_dir: str) -> None:
     assert not (run / "metrics.1.jsonl").exists()  # a run begun anew would have moved the first one's there
 
 
+def test_a_finished_run_is_not_evaluated_again(tmp_path: Path, model_dir: str) -> None:
+    """Its last evaluation came after its last checkpoint, and so did its samples and its figures."""
+    run, rows = tmp_path / "run", write_rows(tmp_path / "rows.jsonl", make_rows(6))
+    words = ["sft", "--model", model_dir, "--train_dataset", rows, "--eval_dataset", rows, *QUICK]
+    words += ["--output_dir", str(run), "--max_steps", "2", "--save_steps", "2"]
+    assert main(words) == 0
+    before = [(run / name).read_text() for name in ("metrics.jsonl", "samples.jsonl")]
+    assert before[0].count("eval_loss") == before[0].count("train_runtime") == 1
+    assert main([*words, "--resume"]) == 0
+    assert before == [(run / name).read_text() for name in ("metrics.jsonl", "samples.jsonl")]
+
+
 def test_lora_trains_adapters_alone(tmp_path: Path, model_dir: str) -> None:
     out = tmp_path / "run"
     words = ["--model", model_dir, "--train_dataset", pairs_file(tmp_path), "--output_dir", str(out), *QUICK]

@@ -40,7 +40,7 @@ def first_prompts(
 
 
 def write_samples(trainer: Trainer, prompts: list[Prompt]) -> None:
-    """Append the likeliest answers of the model as it is now; of no prompts, nothing.
+    """Add the likeliest answers of the model as it is now; of no prompts, nothing.
 
     Raises:
         ValueError: the training runs on several ranks, of which none may hold the whole model.
@@ -48,6 +48,7 @@ def write_samples(trainer: Trainer, prompts: list[Prompt]) -> None:
     if not prompts:
         return
     from alignfast.rollout import Sampling, make_engine
+    from alignfast.trainers.metrics import lines_up_to
 
     if trainer.accelerator.num_processes > 1:
         raise ValueError(
@@ -61,7 +62,13 @@ def write_samples(trainer: Trainer, prompts: list[Prompt]) -> None:
     )
     file = Path(trainer.args.folder) / "samples.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w" if trainer.state.global_step == 0 else "a") as lines:
-        for prompt, (completion,) in zip(prompts, found):
-            row = {"step": trainer.state.global_step, "prompt": prompt, "completion": completion.text}
-            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    step = trainer.state.global_step
+    kept = lines_up_to(file, step) if step and file.exists() else []
+    # a run that goes on where it had ended answers at the same step again
+    kept = [line for line in kept if "reward" in (row := json.loads(line)) or row["step"] < step]
+    new = [
+        {"step": step, "prompt": prompt, "completion": completion.text}
+        for prompt, (completion,) in zip(prompts, found)
+    ]
+    lines = [*kept, *(json.dumps(row, ensure_ascii=False) for row in new)]
+    file.write_text("".join(line + "\n" for line in lines))

@@ -157,14 +157,22 @@ def run(command: str, argv: Sequence[str]) -> None:
 
 
 def _evaluate_at_the_end(trainer: Trainer) -> None:
-    """Held-out figures of the final model, unless the last step brought them."""
+    """Held-out figures of the final model, unless the last step brought them, or the run had ended and goes on from there."""
+    if not trainer.eval_data:
+        return
+    from accelerate.utils import broadcast_object_list
+
+    from alignfast.trainers.metrics import read_metrics
+
     state, best = trainer.state, trainer.args.load_best_model_at_end
     step = state.best_global_step if best and state.best_global_step else state.global_step
-    known = any(
-        row["step"] == step and any(name.startswith("eval_") for name in row)
-        for row in trainer.state.log_history
-    )
-    if trainer.eval_data and not known:
+    known = [False]
+    if trainer.accelerator.is_main_process:  # the file knows what came after the last checkpoint
+        rows = read_metrics(trainer.args.folder / "metrics.jsonl")
+        known = [any(row["step"] == step and any(name.startswith("eval_") for name in row) for row in rows)]
+    if trainer.accelerator.num_processes > 1:
+        broadcast_object_list(known)
+    if not known[0]:
         trainer.evaluate()
 
 

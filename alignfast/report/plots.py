@@ -85,6 +85,31 @@ def line_plot(lines: Mapping[str, Line], *, label: str, log: bool = False) -> st
         return svg(figure, label)
 
 
+def stack_plot(steps: Sequence[float], parts: Mapping[str, Sequence[float]], *, label: str) -> str:
+    """Parts of a whole over steps, on top of each other, as an SVG element.
+
+    Args:
+        steps: where the values stand.
+        parts: by their name in the legend, the lowest first; at most nine, the last of all in grey.
+        label: what the values are, for people who don't see the plot.
+    """
+    colours = [*COLOURS[: len(COLOURS) - 1], "#b39b1e", "#63b3dd", "#a5603c"][: len(parts) - 1]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.4, 2.9), layout="constrained")
+        axes = figure.subplots()
+        if len(steps) == 1:  # an area has no width there
+            steps, parts = [steps[0] - 0.5, steps[0] + 0.5], {name: [*v, *v] for name, v in parts.items()}
+        axes.stackplot(
+            steps, *parts.values(), labels=list(parts), colors=[*colours, COLOURS[-1]], linewidth=0
+        )
+        axes.set_xlabel("step")
+        axes.margins(x=0, y=0.02)
+        handles, names = axes.get_legend_handles_labels()
+        # the order of the stack, beside it: within, it would hide a part
+        axes.legend(handles[::-1], names[::-1], loc="center left", bbox_to_anchor=(1, 0.5))
+        return svg(figure, label)
+
+
 def frontier_plot(points: Mapping[str, Points], *, across: str, label: str) -> str:
     """What was gained against how far the policy went for it, as an SVG element; a ring marks where it ended.
 

@@ -12,6 +12,7 @@ from typing import Any
 from alignfast.findings import Finding, findings, read_run, series
 from alignfast.report.page import cards, details, figure, grid, page, section, table
 from alignfast.report.plots import Line, Points, frontier_plot, line_plot, reliability_plot
+from alignfast.report.seconds import seconds_plot, seconds_table
 
 # Caption, note, and the metrics drawn together; a metric is drawn where it was logged.
 _HELD_OUT = "held out"
@@ -98,6 +99,7 @@ def write_report(folder: str | Path) -> Path:
             cards(_figures(rows)),
             section("What stands out", finding_list(findings(rows, config))),
             section("Plots", grid([*plots(rows, config), *_reliability(folder / "calibration.json")])),
+            section("Where the time went", seconds_table(rows, config)),
             *_samples(folder / "samples.jsonl"),
             section("Options", details("all options of the run", _options(config))),
         )
@@ -118,7 +120,7 @@ def plots(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any] | None = 
                 )
         if found:
             drawn.append(figure(caption, line_plot(found, label=f"{caption} over steps"), note))
-    return drawn + _seconds(rows, config or {})
+    return drawn + seconds_plot(rows, config or {})
 
 
 def frontier(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -149,30 +151,6 @@ def _band(
     """The ends of a metric's intervals, where it was logged with them."""
     low, high = series(rows, f"{name}_low")[1], series(rows, f"{name}_high")[1]
     return (low, high) if len(low) == len(high) == number else None
-
-
-def _seconds(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> list[str]:
-    """Where the time of a draw and its steps went: sampling, rewards, and the rest, which is training."""
-    micro_batches = config.get("gradient_accumulation_steps", 1)
-    steps_per_draw = (config.get("steps_per_generation") or micro_batches) // micro_batches
-    steps_per_draw *= config.get("num_iterations", 1)
-    steps, parts = [], []
-    before, tokens_before = 0, 0.0
-    for row in rows:
-        if not all(_finite(row, name) for name in ("seconds/sampling", "tokens_per_second", "num_tokens")):
-            continue
-        logged, tokens = row["step"] - before, row["num_tokens"] - tokens_before
-        before, tokens_before = row["step"], row["num_tokens"]
-        if logged < 1 or not row["tokens_per_second"]:
-            continue
-        whole = tokens / row["tokens_per_second"] / logged * steps_per_draw
-        sampling, rewards = row["seconds/sampling"], row.get("seconds/rewards", 0.0)
-        steps.append(row["step"])
-        parts.append((sampling, rewards, max(0.0, whole - sampling - rewards)))
-    if not steps:
-        return []
-    lines = {name: Line(steps, values) for name, values in zip(("sampling", "rewards", "rest"), zip(*parts))}
-    return [figure("Seconds", line_plot(lines, label="Seconds over steps"), "of a draw and its steps")]
 
 
 def finding_list(found: Sequence[Finding]) -> str:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from alignfast.models.policy import Policy
 from alignfast.models.value import Critic, ValueHead, critic_like, load_critic
@@ -46,25 +45,6 @@ def make_critic(
     if not isinstance(value_model, (str, os.PathLike)):
         loading["dtype"] = None  # an object keeps its own
     return load_critic(value_model, **loading)
-
-
-def check_tokenizer(
-    value_model: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool
-) -> None:
-    """Refuse a critic that comes with another vocabulary than the policy's; one that comes without a tokenizer passes.
-
-    Raises:
-        ValueError: its tokenizer is another one.
-    """
-    name = os.path.expanduser(os.fspath(value_model))
-    if Path(name).is_dir() and not any(Path(name).glob("tokenizer*")):
-        return
-    theirs = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    if theirs.get_vocab() != tokenizer.get_vocab():
-        raise ValueError(
-            f"the critic reads the policy's tokens, and the tokenizer of {name} is another one: give a value_model of the "
-            "policy's vocabulary, or none, for a copy of the policy"
-        )
 
 
 def save_critic(critic: Critic | ValueHead, folder: Path, is_main: bool) -> None:

@@ -142,10 +142,11 @@ class GRPOTrainer(OnPolicyTrainer):
                 break
             others = np.random.default_rng((args.seed, number, again)).permutation(len(self.train_data.trees))
             fresh = [int(row) for row in others if row not in rows][: len(alike)]
-            found, _ = self.sample(fresh, number * A_DRAW + (again + 1) * len(rows) * n)
+            found, seconds = self.sample(fresh, number * A_DRAW + (again + 1) * len(rows) * n)
             for place, g in enumerate(alike[: len(fresh)]):
                 drawn[g * n : (g + 1) * n] = found[place * n : (place + 1) * n]
-            metrics["resampled_groups"] = metrics.get("resampled_groups", 0.0) + len(fresh)
+            for name, value in {**seconds, "resampled_groups": float(len(fresh))}.items():
+                metrics[name] = metrics.get(name, 0.0) + value
         return self.appraise(drawn, {**metrics, **describe(drawn, self.rewards.names)})
 
     def appraise(self, drawn: list[Drawn], metrics: dict[str, float]) -> Experience:

@@ -37,6 +37,7 @@ from alignfast.trainers.plan import lay_out
 from alignfast.trainers.progress import duration
 from alignfast.trainers.runlog import RunLog
 from alignfast.trainers.saving import find_checkpoint, load_best, load_checkpoint, note_best, save_checkpoint
+from alignfast.trainers.stages import Stages
 from alignfast.trainers.state import save_weights
 from alignfast.trainers.update import Update, Updater
 
@@ -99,6 +100,7 @@ class Trainer(Hooks):
         if args.eval_strategy != "no" and not self.eval_data:
             raise ValueError(f"eval_strategy={args.eval_strategy!r} needs an eval_dataset")
         self.checkpoints: Path = args.folder / "checkpoints"
+        self.stages = Stages(self.accelerator.device)
         self.handler: Any = CallbackHandler(
             [DefaultFlowCallback, *(callbacks or [])], self.model, self.processing_class, None, None
         )
@@ -197,7 +199,8 @@ class Trainer(Hooks):
             "train_samples_per_second": steps * self.plan.rows_per_step / self.plan.steps_per_draw / seconds,
             "train_loss": losses / max(1, taken),
         }
-        self._tell(figures)
+        if steps:  # a run that had ended keeps its figures
+            self._tell(figures)
         self.log.say(f"{steps} steps in {duration(seconds)}")
         self.control = self.handler.on_train_end(args, state, self.control)
         if args.push_to_hub:
@@ -209,26 +212,31 @@ class Trainer(Hooks):
         began, args, accelerator = time.perf_counter(), self.args, self.accelerator
         data, rows = self.rows_of(self.state.global_step)
         share = share_out(data, rows, args.per_device_train_batch_size, args, accelerator, self.count)
-        loss_here = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        loss_here, stages = torch.zeros((), dtype=torch.float64, device=accelerator.device), self.stages
         self.policy.train()
-        self.before_step(data, share)
+        with stages.of("forward"):
+            self.before_step(data, share)
         for i, run in enumerate(share.runs):
             weight = float(i < share.num_real)
             # DDP adds up over ranks once a step; FSDP2 each time, or every rank would hold the whole gradient.
             apart = getattr(self.policy, "no_sync", nullcontext) if i + 1 < len(share.runs) else nullcontext
             with apart():
                 batch = self.pack(data, run)
-                loss, metrics = self.compute_loss(batch, share.counts, weight / share.counts["batches"])
-                accelerator.backward(loss * (weight * accelerator.num_processes))
+                with stages.of("forward"):
+                    loss, metrics = self.compute_loss(batch, share.counts, weight / share.counts["batches"])
+                with stages.of("backward"):
+                    accelerator.backward(loss * (weight * accelerator.num_processes))
             self.log.meter.add({"loss": loss, **metrics}, counts=bool(weight))
             if weight:
                 loss_here += loss.detach()
         loss_value, stop = accelerator.reduce(loss_here, "sum").item(), self.stop.of_any_rank(accelerator)
         self.control = self.handler.on_pre_optimizer_step(args, self.state, self.control)
-        self._last = self.updater.step(loss_value)
+        with stages.of("optimizer"):
+            self._last = self.updater.step(loss_value)
         self.control = self.handler.on_optimizer_step(args, self.state, self.control)
         self.state.global_step += 1
         self.state.epoch = self.plan.epoch(self.state.global_step)
+        self.log.stages(stages.read())
         self.log.step_done(self.state.global_step, share.counts["tokens"], time.perf_counter() - began)
         if not self._last.taken:
             self._skipped(loss_value)

@@ -10,6 +10,7 @@ Letters: N completions, F reward functions.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -325,7 +326,7 @@ class OnPolicyTrainer(Trainer):
 
     def trees_of(self, drawn: list[Drawn], metrics: dict[str, float]) -> Experience:
         """Completions with their log-probs when they were drawn, and the reference's where it is asked."""
-        experience = Experience(metrics=metrics)
+        experience = Experience(metrics={"seconds/logps": 0.0, **metrics})
         for of in drawn:
             completion = of.completion
             trained = self.trains_on(of)
@@ -344,9 +345,12 @@ class OnPolicyTrainer(Trainer):
         accelerator, size = self.accelerator, self.args.per_device_train_batch_size
         mine = list(range(len(experience.trees)))[accelerator.process_index :: accelerator.num_processes]
         found: list[tuple[int, Tensor]] = []
+        began = time.perf_counter()
         for first in range(0, len(mine), size):
             batch = self.pack(experience.data, mine[first : first + size])
             found += zip(batch.rows, measure(batch).float().cpu().split(batch.lengths))
+        took = experience.metrics.get("seconds/logps", 0.0)
+        experience.metrics["seconds/logps"] = took + time.perf_counter() - began
         if accelerator.num_processes > 1:
             found = gather_object(found)
         return [of for _, of in sorted(found, key=lambda pair: pair[0])]

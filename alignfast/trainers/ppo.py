@@ -37,12 +37,13 @@ from alignfast.models.load import load_policy
 from alignfast.models.value import ActorCritic
 from alignfast.trainers.batches import Counts
 from alignfast.trainers.config import config
-from alignfast.trainers.critic import CRITICS, check_tokenizer, load_critic_weights, make_critic, save_critic
+from alignfast.trainers.critic import CRITICS, load_critic_weights, make_critic, save_critic
 from alignfast.trainers.experience import Drawn, Experience
 from alignfast.trainers.kl_control import KLController
 from alignfast.trainers.metrics import Metrics, means
 from alignfast.trainers.on_policy import OnPolicyConfig, OnPolicyTrainer
 from alignfast.trainers.state import read_json, write_json
+from alignfast.trainers.vocabulary import check_tokenizer
 
 _KL_CONTROL = "kl_control.json"
 
@@ -165,7 +166,13 @@ class PPOTrainer(OnPolicyTrainer):
         args = self.args
         self.kl_control = KLController(args.kl_coef, args.target_kl, args.kl_horizon)
         if isinstance(value_model, (str, os.PathLike)):
-            check_tokenizer(value_model, self.processing_class, args.trust_remote_code)
+            check_tokenizer(
+                value_model,
+                self.processing_class,
+                what="the critic",
+                option="value_model",
+                trust_remote_code=args.trust_remote_code,
+            )
         if ref_model is not None and not self.needs_reference:
             raise ValueError("kl_coef and beta are 0, so no reference is used: leave ref_model out")
 

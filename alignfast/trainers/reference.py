@@ -24,6 +24,7 @@ from alignfast.losses import ld_weights
 from alignfast.models.load import load_policy
 from alignfast.models.policy import Policy
 from alignfast.trainers.batches import content_hash, pack_rows
+from alignfast.trainers.vocabulary import check_reference
 
 if TYPE_CHECKING:
     from alignfast.trainers.loop import Trainer
@@ -146,7 +147,7 @@ def make_reference(trainer: Trainer, ref_model: Any, options: ReferenceOptions) 
         options: what bears on the reference.
 
     Raises:
-        ValueError: a reference model is given where none can be used.
+        ValueError: a reference model is given where none can be used, or one of another vocabulary.
     """
     args, adapters = trainer.args, hasattr(trainer.model, "disable_adapter")
     if ref_model is not None and (ref_model is trainer.model or ref_model is trainer.module.base):
@@ -160,8 +161,8 @@ def make_reference(trainer: Trainer, ref_model: Any, options: ReferenceOptions) 
             return AdaptersOff(trainer, options)
         if args.fsdp:
             raise ValueError(
-                "the reference is the model with the adapters that it came with, and fsdp shards them: set "
-                "precompute_ref_log_probs=True, or pass ref_model"
+                "the reference is the model with the adapters that it came with, and fsdp shards them: "
+                f"{_ways_out(trainer)}merge them (alignfast merge) and give peft_config"
             )
         return AdaptersAsGiven(trainer, options)
     if ref_model is not None:
@@ -172,17 +173,30 @@ def make_reference(trainer: Trainer, ref_model: Any, options: ReferenceOptions) 
             dtype=None if isinstance(ref_model, nn.Module) else args.dtype,
             trust_remote_code=args.trust_remote_code,
         )
+        check_reference(ref_model, policy, trainer.module, trainer.processing_class, args.trust_remote_code)
     elif options.precompute:
         policy = trainer.module  # it still is the reference, so that no copy is needed
     else:
-        trainer.log.say(
-            "the reference is a frozen copy of the model; precompute_ref_log_probs=True gives the same without it"
-        )
+        way = "precompute_ref_log_probs=True gives the same without it"
+        advice = way if _can_precompute(trainer) else "with LoRA it is the base, which is there anyway"
+        trainer.log.say(f"the reference is a frozen copy of the model; {advice}")
         policy = trainer.module.reference_copy()
     if not options.precompute:
         return FrozenModel(trainer, options, policy)
     adapters_off = ref_model is None and adapters and trainer.adapters_are_new
     return Table(precomputed(trainer, options, policy, adapters_off))
+
+
+def _can_precompute(trainer: Trainer) -> bool:
+    """Whether the trainer knows its rows beforehand: one that samples does not."""
+    return hasattr(trainer.args, "precompute_ref_log_probs")
+
+
+def _ways_out(trainer: Trainer) -> str:
+    """What of a trainer's own options gives it another reference."""
+    ways = ["set precompute_ref_log_probs=True"] * _can_precompute(trainer)
+    ways += ["pass ref_model"] * ("ref_model" in vars(trainer))  # of GRPOTrainer it is no argument
+    return "".join(f"{way}, or " for way in ways)
 
 
 def answer_sums(logps_P: Tensor, lengths: tuple[int, ...], ld_alpha: float | None = None) -> Tensor:

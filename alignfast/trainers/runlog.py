@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from transformers import TrainerState
 
@@ -59,6 +60,11 @@ class RunLog:
         if self._trackers is not None:
             self._trackers.finish()
         self._trackers = None  # metrics.jsonl still takes what evaluate() gives after the run
+
+    def stages(self, seconds: Mapping[str, float]) -> None:
+        """How long parts of the step that is made took on this rank; all ranks have the same parts."""
+        ranks = self.accelerator.num_processes
+        self.meter.add({f"seconds/{name}": torch.tensor(value / ranks) for name, value in seconds.items()})
 
     def step_done(self, step: int, tokens: int, seconds: float) -> None:
         """A step is over: it trained on so many tokens and took so long."""

@@ -15,8 +15,9 @@ import yaml
 
 from alignfast.findings import Finding, findings, read_run, series
 from alignfast.report import write_report
-from alignfast.report.plots import Line, Points, frontier_plot, interval_plot, line_plot
+from alignfast.report.plots import Line, Points, frontier_plot, interval_plot, line_plot, stack_plot
 from alignfast.report.run import frontier, plots
+from alignfast.report.seconds import seconds_table
 
 
 def healthy_rows(number: int = 20) -> list[dict[str, Any]]:
@@ -219,15 +220,39 @@ def test_seconds_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """500 tokens a step at 100 a second are 5 seconds; a draw serves 4 steps, so that 20 - 3.5 are left."""
     drawn: dict[str, Any] = {}
     monkeypatch.setattr(
-        "alignfast.report.run.line_plot", lambda lines, label, **options: drawn.update({label: lines}) or ""
+        "alignfast.report.seconds.stack_plot", lambda steps, parts, label: drawn.update(parts) or ""
     )
     config = {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "num_iterations": 2}
-    plots(on_policy_rows(4), config)
-    parts = {name: line.values for name, line in drawn["Seconds over steps"].items()}
-    assert parts == {"sampling": (3.0,) * 4, "rewards": (0.5,) * 4, "rest": (16.5,) * 4}
+    rows = on_policy_rows(8)
+    plots(rows, config)
+    assert drawn == {"other sampling": [3.0] * 2, "rewards": [0.5] * 2, "rest": [16.5] * 2}
+    drawn.clear()
+    stages = dict(prefill=0.5, decode=2.25, logps=0.25, forward=1.5, backward=2.0, optimizer=0.5)
+    staged = [{**row, **{f"seconds/{name}": value for name, value in stages.items()}} for row in rows]
+    plots(staged, config)
+    of_steps = {"forward": 6.0, "backward": 8.0, "optimizer": 2.0}
+    whole = {
+        "prefill": 0.5,
+        "decode": 2.25,
+        "other sampling": 0.25,
+        "rewards": 0.5,
+        "log-probs": 0.25,
+        **of_steps,
+        "rest": 0.25,
+    }
+    assert drawn == {name: [value] * 2 for name, value in whole.items()}
+    assert list(drawn) == list(whole)
+    said = seconds_table(staged, config)
+    assert "<td>decode</td><td class=n>2.25</td><td class=n>11.2%</td>" in said
+    assert "<td>a draw and its steps</td><td class=n>20</td><td class=n>100.0%</td>" in said
+    drawn.clear()
+    trains = [{**row, "seconds/forward": 1.0, "seconds/backward": 2.0} for row in healthy_rows()[1:]]
+    plots(trains, {"gradient_accumulation_steps": 4})
+    assert drawn["forward"] == [1.0] * len(trains)
+    assert seconds_table(healthy_rows(), config) == ""
 
 
-@pytest.mark.parametrize("drawing", ["lines", "intervals", "band", "frontier"])
+@pytest.mark.parametrize("drawing", ["lines", "intervals", "band", "frontier", "stack", "stack of one"])
 def test_drawings_are_xml_of_their_own(drawing: str) -> None:
     if drawing == "lines":
         svg = line_plot(
@@ -235,6 +260,9 @@ def test_drawings_are_xml_of_their_own(drawing: str) -> None:
         )
     elif drawing == "band":
         svg = line_plot({"a": Line([1, 2], [0.1, 0.2], band=([0, 0.1], [0.2, 0.3]))}, label="l")
+    elif drawing.startswith("stack"):
+        steps = [1.0] if drawing.endswith("one") else [1.0, 2.0, 5.0]
+        svg = stack_plot(steps, {name: steps for name in ("a", "b & c", "rest")}, label="l")
     elif drawing == "frontier":
         points = {"a": Points([0, 1], [0, 1]), "b & c": Points([0, 1], [9, 8], right=True)}
         svg = frontier_plot(points, across="x < y", label="l")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -175,6 +176,22 @@ def test_groups_without_variance_are_drawn_again(tmp_path):
     assert max(logged(trainer, "resampled_groups")) >= 1
 
 
+def test_the_seconds_of_every_round_are_counted(tmp_path):
+    """A draw whose rewards are all alike is drawn again in both rounds, and each call of the reward takes 20 ms."""
+    calls = []
+
+    def slow(completions, **columns):
+        calls.append(len(completions))
+        time.sleep(0.02)
+        return [0.0] * len(completions)
+
+    trainer = make_trainer(tmp_path, slow, dynamic_sampling_rounds=2, max_steps=1)
+    trainer.train()
+    assert calls == [8, 8, 8]
+    assert logged(trainer, "seconds/rewards")[0] >= 0.06
+    assert logged(trainer, "resampled_groups") == [4.0]
+
+
 def test_what_has_no_reward_is_left_out_never_scored_0(tmp_path, caplog):
     def fails_once(completions, **columns):
         return [None if i % 4 == 1 else 1.0 + i % 4 for i in range(len(completions))]
@@ -314,6 +331,13 @@ def test_metrics_bear_trls_names(tmp_path):
     names += " completions/mean_length completions/clipped_ratio rewards/share_of_the/mean seconds/sampling"
     assert set(names.split()) <= set(rows[0])
     assert 0 < rows[0]["seconds/prefill"] + rows[0]["seconds/decode"] <= rows[0]["seconds/sampling"]
+    stages = "sampling rewards logps forward backward optimizer".split()
+    tokens = 0
+    for row in [row for row in rows if "loss" in row]:
+        seconds, trained = [row[f"seconds/{name}"] for name in stages], row["num_tokens"] - tokens
+        tokens = row["num_tokens"]
+        assert min(seconds) > 0
+        assert 0.5 < sum(seconds) / (trained / row["tokens_per_second"]) < 1  # the rest is Python's
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
 
 

@@ -404,7 +404,10 @@ def test_metrics_bear_the_names_that_people_know(tmp_path):
     names = "objective/kl objective/entropy objective/non_score_reward objective/rlhf_reward objective/scores"
     names += " policy/approxkl_avg policy/clipfrac_avg policy/entropy_avg loss/policy_avg loss/value_avg val/clipfrac_avg"
     names += " val/ratio val/ratio_var val/explained_variance reward completions/mean_length seconds/sampling"
-    assert set(names.split()) <= set(trainer.state.log_history[0])
+    names += " seconds/prefill seconds/decode seconds/rewards seconds/logps seconds/forward seconds/backward seconds/optimizer"
+    first = trainer.state.log_history[0]
+    assert set(names.split()) <= set(first)
+    assert all(first[name] > 0 for name in names.split() if name.startswith("seconds/"))
 
 
 @pytest.mark.parametrize("critic", CRITICS)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from trainers.tiny import make_llama, make_pairs, make_tokenizer
-from transformers import TrainerCallback
+from trainers.tiny import make_llama, make_pairs, make_rows, make_thumbs, make_tokenizer
+from transformers import AutoModelForCausalLM, TrainerCallback
 
-from alignfast import DPOTrainer
+from alignfast import DPOTrainer, GRPOTrainer, KTOTrainer, PPOTrainer
 from alignfast.models import load_policy
+from alignfast.trainers.reference import ReferenceOptions, make_reference
 
 RUN = dict(max_steps=3, logging_steps=1, learning_rate=1e-2, save_strategy="no", report_to="none")
 LORA = dict(r=2, lora_alpha=4, target_modules=["q_proj"])
@@ -85,6 +88,80 @@ def test_the_model_itself_is_no_reference(tmp_path):
     model = make_llama()
     with pytest.raises(ValueError, match="ref_model is the model that is trained"):
         trained(tmp_path, model=model, ref_model=model)
+
+
+def saved(folder, tokenizer=None, **options):
+    """A model in a folder, with the tokenizer beside it if there is one."""
+    make_llama(**options).save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def other_tokenizer():
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["zebra"])
+    return tokenizer
+
+
+ALL = pytest.mark.parametrize("trainer_class", [DPOTrainer, KTOTrainer, GRPOTrainer, PPOTrainer])
+
+
+def a_trainer(folder, trainer_class, model=None):
+    """One of those that have a reference."""
+    rows = {DPOTrainer: make_pairs, KTOTrainer: make_thumbs}.get(trainer_class, make_rows)(6)
+    rewards = dict(reward_funcs=lambda completions, **_: [0.0] * len(completions), max_completion_length=4)
+    return trainer_class(
+        make_llama() if model is None else model, train_dataset=rows, processing_class=make_tokenizer(),
+        output_dir=str(folder), **RUN, **(rewards if trainer_class in (GRPOTrainer, PPOTrainer) else {}),
+        **(dict(beta=0.1) if trainer_class is GRPOTrainer else {}),
+    )  # fmt: skip
+
+
+@ALL
+def test_advice_names_what_the_trainer_has(tmp_path, trainer_class, capsys):
+    samples = trainer_class in (GRPOTrainer, PPOTrainer)
+    a_trainer(tmp_path, trainer_class).wrap()
+    said = "".join(capsys.readouterr())
+    assert "the reference is a frozen copy of the model" in said
+    assert ("precompute_ref_log_probs" in said, "LoRA" in said) == (not samples, samples)
+    trainer = a_trainer(tmp_path, trainer_class, with_trained_adapters())
+    trainer.args = SimpleNamespace(**{**trainer.args.to_dict(), "fsdp": True})
+    with pytest.raises(ValueError, match=r"fsdp shards them: .*merge them") as refused:
+        make_reference(trainer, None, ReferenceOptions())
+    told = str(refused.value)
+    assert ("precompute_ref_log_probs" in told, "pass ref_model" in told) == (
+        not samples,
+        trainer_class is not GRPOTrainer,
+    )
+
+
+@ALL
+def test_a_reference_of_another_vocabulary_is_refused(tmp_path, trainer_class):
+    """In each trainer that takes one (GRPOTrainer: as an attribute), before a step."""
+
+    def run(ref_model):
+        trainer = a_trainer(tmp_path / "run", trainer_class)
+        trainer.ref_model = ref_model
+        trainer.wrap()  # what train() does before its first step
+
+    for size in (24, 40):  # fewer ids would be out of range, more would be other words
+        with pytest.raises(ValueError, match=f"the reference knows {size} tokens and the policy 32"):
+            run(make_llama(vocab_size=size))
+    named = saved(tmp_path / "other", other_tokenizer())
+    for ref_model in (named, AutoModelForCausalLM.from_pretrained(named)):
+        with pytest.raises(
+            ValueError, match=r"the reference reads .* the tokenizer of .*other is another one"
+        ):
+            run(ref_model)
+
+
+def test_a_reference_may_pad_the_same_vocabulary_further(tmp_path):
+    same = saved(tmp_path / "same", make_tokenizer(), vocab_size=40)
+    trained(tmp_path / "run", ref_model=same, max_steps=1)
+    unknown = saved(tmp_path / "unknown", vocab_size=40)
+    with pytest.raises(ValueError, match="the reference knows 40 tokens"):
+        trained(tmp_path / "run", ref_model=unknown)
 
 
 def test_a_loss_without_a_reference_runs_no_second_model(tmp_path):

@@ -26,14 +26,43 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("ranks")
     for method in two_ranks.METHODS:
         two_ranks.run(root / "one" / method, method, fsdp=False)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch(root / "logs", two_ranks.__file__, str(root / "two"))
+    return root
+
+
+def launch(logs: Path, *words: str) -> None:
+    """Start two ranks, and fail with the last words of each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     process = subprocess.run(
-        [*launch, two_ranks.__file__, str(root / "two")], capture_output=True, text=True, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        # each rank's words in files of its own: one that aborts takes what is in the launcher's pipe with it
+        [*command, "--redirects", "3", "--log-dir", str(logs), *words], capture_output=True, text=True, check=False,
+        env={
+            **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "PYTHONFAULTHANDLER": "1",
+        },
     )  # fmt: skip
-    assert process.returncode == 0, process.stderr[-4000:]
-    return root
+    if process.returncode:
+        told = [f"launcher:\n{process.stderr[-2000:]}"]
+        for file in sorted(logs.rglob("std*.log")):
+            told.append(f"rank {file.parent.name}, {file.stem}:\n{file.read_text(errors='replace')[-6000:]}")
+        pytest.fail("\n\n".join(told), pytrace=False)
+
+
+def test_a_rank_that_aborts_leaves_its_last_words(tmp_path):
+    script = tmp_path / "aborts.py"
+    script.write_text(
+        "import os, sys\n"
+        "print('before the end', flush=True)\n"
+        "sys.stderr.write('what went wrong\\n')\n"
+        "os.abort() if os.environ['RANK'] == '0' else None\n"
+    )
+    with pytest.raises(pytest.fail.Exception) as failed:
+        launch(tmp_path / "logs", str(script))
+    told = str(failed.value)
+    assert "rank 0, stderr:\nwhat went wrong\nFatal Python error: Aborted" in told
+    assert "rank 0, stdout:\nbefore the end" in told
+    assert "aborts.py" in told.partition("Fatal Python error")[2]  # where it was
 
 
 def read(runs: Path, sharding: str, method: str, what: str, suffix: str = ""):
