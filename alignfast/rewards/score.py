@@ -155,9 +155,8 @@ class RewardSet:
             raise ValueError("expected at least one reward function")
         if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout must be above 0 seconds, or None for no limit, got {timeout}")
-        self.functions: list[RewardFunction] = [
-            load_reward(spec, disagreement_coef=disagreement_coef) for spec in specs
-        ]
+        functions = [load_reward(spec, disagreement_coef=disagreement_coef) for spec in specs]
+        self.functions: list[RewardFunction] = functions
         given = [function for spec, function in zip(specs, self.functions) if function is not spec]
         if disagreement_coef is not None and not any(hasattr(of, "disagreement_coef") for of in given):
             raise ValueError(
