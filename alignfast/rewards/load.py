@@ -17,7 +17,7 @@ from alignfast.rewards.protocol import RewardFunction
 from alignfast.rewards.verifiers import BUILT_IN, Regex
 
 
-def load_reward(spec: Any) -> RewardFunction:
+def load_reward(spec: Any, *, disagreement_coef: float | None = None) -> RewardFunction:
     """A reward function by its name, so that a wrong one is told before training.
 
     Args:
@@ -26,9 +26,10 @@ def load_reward(spec: Any) -> RewardFunction:
             `numeric`, `exact`, `format`, or `regex:PATTERN`: a verifier;
             `package.module:function` or `package.module.function`: imported; the working directory is looked in last;
             a folder: a reward model.
+        disagreement_coef: of a reward model's folder, see `ModelReward`; nothing else takes it.
 
     Raises:
-        ValueError: there is no such thing; the message names the nearest.
+        ValueError: there is no such thing, and the message names the nearest; or the coefficient does not fit the model.
         TypeError: the spec is of no such kind.
         ModelRefused: the folder holds no reward model.
 
@@ -51,7 +52,7 @@ def load_reward(spec: Any) -> RewardFunction:
     if folder.is_dir():
         from alignfast.rewards.model import ModelReward
 
-        return ModelReward.load(folder)
+        return ModelReward.load(folder, disagreement_coef=disagreement_coef)
     if folder.exists() or "/" in name:
         raise ValueError(f"there is no folder {name!r}{_nearest_folder(folder)}")
     module, _, function = name.partition(":") if ":" in name else name.rpartition(".")

@@ -29,7 +29,7 @@ from alignfast.data import encode_completions
 from alignfast.models import ModelRefused, load_tokenizer
 from alignfast.models.attention import attention_set
 from alignfast.models.trunk import drops_softcap
-from alignfast.rewards.protocol import Text
+from alignfast.rewards.protocol import Estimate, Text
 
 MAX_TOKENS = 8192  # of one batch, padding included
 
@@ -100,7 +100,7 @@ class ModelReward:
     def __call__(
         self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
     ) -> list[float | None]:
-        """The reward of each completion."""
+        """The reward of each completion; an ensemble's say how far its heads lie apart."""
         scores = self.scorer.score(prompts, completions)
         if scores.ndim not in (1, 2) or len(scores) != len(completions):
             raise ValueError(
@@ -108,10 +108,12 @@ class ModelReward:
             )
         scores_NK = scores.float().reshape(len(completions), -1)
         self._check_heads(scores_NK.shape[1])
-        rewards_N = scores_NK.mean(1)
-        if self.disagreement_coef:
-            rewards_N = rewards_N - self.disagreement_coef * scores_NK.std(1, correction=0)
-        return rewards_N.tolist()
+        mean_N = scores_NK.mean(1)
+        if scores_NK.shape[1] == 1:
+            return mean_N.tolist()
+        spread_N = scores_NK.std(1, correction=0)
+        rewards_N = mean_N - (self.disagreement_coef or 0.0) * spread_N
+        return [Estimate(r, disagreement=s) for r, s in zip(rewards_N.tolist(), spread_N.tolist())]
 
     def _check_heads(self, K: int) -> None:
         if K > 1 and self.disagreement_coef is None:

@@ -1,11 +1,12 @@
 """What a reward function is.
 
-    (prompts, completions, **columns) -> list[float | None]
+    (prompts, completions, **columns) -> list[float | None | LATE]
 
 Called with a batch, by keyword, TRL's convention: `prompts` and `completions` as the rows have them, texts or lists
-of messages; `columns`, one list for each further column of the rows; and `completion_ids` and `trainer_state`. A
-function gets what its signature names, or everything if it takes `**kwargs`. It answers with one number for each
-completion, None where it has nothing to say. It may be `async def`, or an object with `__call__`; such an object may
+of messages; `columns`, one list for each further column of the rows; and `completion_ids`, `sample_ids` (a number for each
+sample, its own for the whole run) and `trainer_state`. A function gets what its signature names, or everything if it
+takes `**kwargs`. It answers with one number for each completion, None where it has nothing to say, `LATE` where it does
+not know yet and wants to be asked again; an `Estimate` is a number that also says how unsure it is. It may be `async def`, or an object with `__call__`; such an object may
 check the rows before training in a method `require(columns, conversational)`.
 
 Not done here: TRL's `log_extra`, `log_metric` and `environments`.
@@ -13,6 +14,7 @@ Not done here: TRL's `log_extra`, `log_metric` and `environments`.
 
 from __future__ import annotations
 
+import enum
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
@@ -21,10 +23,39 @@ from typing import Any, TypeAlias
 Text: TypeAlias = str | Sequence[Mapping[str, Any]]  # plain, or messages
 RewardFunction: TypeAlias = Callable[..., Any]
 
+
+class Late(enum.Enum):
+    """The type of `LATE`."""
+
+    LATE = "late"
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+LATE = Late.LATE  # a reward that has not come yet
+
+
+class Estimate(float):
+    """A reward with the spread of what it was made from; counts as any number does.
+
+    >>> reward = Estimate(0.5, disagreement=0.1)
+    >>> reward + 1, reward.disagreement
+    (1.5, 0.1)
+    """
+
+    disagreement: float
+
+    def __new__(cls, value: float, *, disagreement: float) -> Estimate:
+        number = super().__new__(cls, value)
+        number.disagreement = disagreement
+        return number
+
+
 # A row's own prompt and completion are given as `prompts` and `completions`.
 OWN_COLUMNS = ("prompt", "completion")
 # What is given besides columns; a column can't have such a name.
-GIVEN = ("prompts", "completions", "completion_ids", "trainer_state")
+GIVEN = ("prompts", "completions", "completion_ids", "sample_ids", "trainer_state")
 
 
 def completion_text(completion: Text) -> str:

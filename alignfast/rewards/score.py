@@ -1,6 +1,6 @@
 """Several reward functions with weights on a batch of completions; what fails is left out by name, never scored 0.
 
-    r_n = sum_f w_f r_nf     over the functions that gave a number; NaN where none did, or where one failed
+    r_n = sum_f w_f r_nf     over the functions that gave a number; NaN where none did, where one failed or is late
 
 A function fails on a row by an exception, by an answer that is no finite number, or by taking too long; on the whole
 batch by answers of the wrong count. After an exception or a time-out on the batch each row is asked for alone, so that
@@ -22,7 +22,7 @@ import asyncio
 import math
 import numbers
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
@@ -37,7 +37,10 @@ from alignfast.rewards.calls import EventLoop, Threads, TooLong, in_time
 from alignfast.rewards.load import load_reward
 from alignfast.rewards.protocol import (
     GIVEN,
+    LATE,
     OWN_COLUMNS,
+    Estimate,
+    Late,
     RewardFunction,
     Text,
     accepted,
@@ -67,12 +70,16 @@ class Scores:
         names: of the F functions; a name that comes again is numbered.
         per_function_NF: float32, without weights; NaN where a function left a row out or failed.
         rewards_N: float32, the weighted sums; NaN where there is no reward.
+        disagreement_NF: float32, of rewards that are an `Estimate`; NaN elsewhere.
+        late_N: which completions shall be asked for again: a function said `LATE`, and none failed.
         failures: what failed, by function and row.
     """
 
     names: tuple[str, ...]
     per_function_NF: Tensor
     rewards_N: Tensor
+    disagreement_NF: Tensor
+    late_N: Tensor
     failures: list[Failure]
 
     def summary(self) -> str:
@@ -87,7 +94,7 @@ class _Failed(NamedTuple):
     reason: str
 
 
-_Outcome = float | None | _Failed
+_Outcome = float | None | Late | _Failed
 
 
 class _WrongAnswer(Exception):
@@ -119,9 +126,11 @@ class RewardSet:
         weights: a factor for each; None is 1 for each. A function of weight 0 is measured only; where it fails, the
             row is left out all the same.
         timeout: seconds that a function may take for a batch, and again for its rows one by one; None: no limit.
+        disagreement_coef: what the spread of heads costs, of reward models that are given by their folders; see
+            `ModelReward`, which an object says for itself.
 
     Raises:
-        ValueError: a function is unknown, or the weights do not fit.
+        ValueError: a function is unknown, the weights do not fit, or there is no ensemble for the coefficient.
 
     >>> def length(completions, **columns):
     ...     return [len(text) / 4 for text in completions]
@@ -134,14 +143,26 @@ class RewardSet:
     """
 
     def __init__(
-        self, funcs: Any, weights: Sequence[float] | None = None, *, timeout: float | None = TIMEOUT
+        self,
+        funcs: Any,
+        weights: Sequence[float] | None = None,
+        *,
+        timeout: float | None = TIMEOUT,
+        disagreement_coef: float | None = None,
     ) -> None:
         specs = list(funcs) if isinstance(funcs, (list, tuple)) else [funcs]
         if not specs:
             raise ValueError("expected at least one reward function")
         if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout must be above 0 seconds, or None for no limit, got {timeout}")
-        self.functions: list[RewardFunction] = [load_reward(spec) for spec in specs]
+        functions = [load_reward(spec, disagreement_coef=disagreement_coef) for spec in specs]
+        self.functions: list[RewardFunction] = functions
+        given = [function for spec, function in zip(specs, self.functions) if function is not spec]
+        if disagreement_coef is not None and not any(hasattr(of, "disagreement_coef") for of in given):
+            raise ValueError(
+                f"disagreement_coef={disagreement_coef} is for the folder of a reward model with several heads, and none is "
+                "among the reward functions; a ModelReward object takes it itself"
+            )
         self.names = _unique([name_of(function) for function in self.functions])
         self.weights = _checked_weights(weights, self.names)
         self.timeout = timeout
@@ -172,6 +193,7 @@ class RewardSet:
         columns: Mapping[str, Sequence[Any]] | None = None,
         *,
         completion_ids: Sequence[Sequence[int]] | None = None,
+        sample_ids: Sequence[int] | None = None,
         trainer_state: Any = None,
     ) -> Scores:
         """Score N completions.
@@ -181,6 +203,7 @@ class RewardSet:
             completions: one for each prompt, likewise.
             columns: further columns of the rows by name, N items each; `prompt` and `completion` are not passed on.
             completion_ids: token ids of each completion, for functions that take them.
+            sample_ids: numbers of the completions, likewise.
             trainer_state: for functions that take it.
 
         Raises:
@@ -192,6 +215,8 @@ class RewardSet:
         lists |= {name: values for name, values in columns.items() if name not in OWN_COLUMNS}
         if completion_ids is not None:
             lists["completion_ids"] = completion_ids
+        if sample_ids is not None:
+            lists["sample_ids"] = sample_ids
         wrong = {name: len(values) for name, values in lists.items() if len(values) != len(completions)}
         if wrong:
             raise ValueError(
@@ -239,13 +264,21 @@ class RewardSet:
             for row, outcome in enumerate(column)
             if isinstance(outcome, _Failed)
         ]
-        numbers_FN = [[o if isinstance(o, float) else math.nan for o in column] for column in outcomes]
-        per_function_NF = torch.tensor(numbers_FN, dtype=torch.float32).view(len(outcomes), N).T.contiguous()
+
+        def numbers_NF(number_of: Callable[[_Outcome], float]) -> Tensor:
+            found_FN = [[number_of(outcome) for outcome in column] for column in outcomes]
+            return torch.tensor(found_FN, dtype=torch.float32).view(len(outcomes), N).T.contiguous()
+
+        per_function_NF = numbers_NF(lambda o: o if isinstance(o, float) else math.nan)
+        disagreement_NF = numbers_NF(lambda o: o.disagreement if isinstance(o, Estimate) else math.nan)
+        late_N = numbers_NF(lambda o: float(o is LATE)).bool().any(1)
+        late_N[[failure.row for failure in failures]] = False
         weights_F = torch.tensor(self.weights)
         rewards_N = (per_function_NF * weights_F).nansum(1)
         rewards_N[per_function_NF[:, weights_F != 0].isnan().all(1)] = math.nan
         rewards_N[[failure.row for failure in failures]] = math.nan
-        return Scores(self.names, per_function_NF, rewards_N, failures)
+        rewards_N[late_N] = math.nan
+        return Scores(self.names, per_function_NF, rewards_N, disagreement_NF, late_N, failures)
 
 
 def _score_on_threads(
@@ -307,8 +340,8 @@ def _read(answer: Any, N: int) -> list[_Outcome]:
 
 
 def _number(value: Any) -> _Outcome:
-    if value is None:
-        return None
+    if value is None or value is LATE:
+        return value
     if isinstance(value, (Tensor, np.generic, np.ndarray)) and value.ndim == 0:
         value = value.item()
     if not isinstance(value, numbers.Real):
@@ -319,7 +352,7 @@ def _number(value: Any) -> _Outcome:
         number = math.inf
     if not abs(number) <= _LARGEST:
         return _Failed(f"returned {_short(value)}, which is no finite float32")
-    return number
+    return value if isinstance(value, Estimate) else number
 
 
 def _short(value: Any) -> str:

@@ -27,7 +27,7 @@ from alignfast.trainers.batches import Data
 from alignfast.trainers.rollout_func import completions_of
 
 if TYPE_CHECKING:
-    from alignfast.rewards import RewardSet
+    from alignfast.rewards import RewardSet, Scores
     from alignfast.trainers.on_policy import OnPolicyTrainer
 
 _FILE = "experience.safetensors"
@@ -42,12 +42,20 @@ class Drawn:
         completion: what the engine gave.
         rewards: of each function, without weights; NaN where there is none.
         reward: their weighted sum; NaN where there is none.
+        disagreements: of each function, how unsure it is; NaN where it does not say.
+        number: of the sample, its own for the whole run.
+        late: whether a reward may come yet.
+        age: updates of the policy since it was drawn.
     """
 
     group: int
     completion: Completion
     rewards: tuple[float, ...]
     reward: float
+    disagreements: tuple[float, ...]
+    number: int
+    late: bool = False
+    age: int = 0
 
 
 @dataclass
@@ -169,39 +177,65 @@ def draw(
             stops = end_tokens(trainer.module.base, trainer.processing_class)
             completions, more = completions_of(output, len(mine), n, trainer.processing_class, stops)
     sampled = time.perf_counter()
-    rows = [prompts[i][1] for i in mine for _ in range(n)]
-    texts = [answer_of(row, completion) for row, completion in zip(rows, completions)]
-    scores = rewards.score(
-        [row["prompt"] for row in rows],
-        texts,
-        {name: [row.get(name) for row in rows] for name in (rows[0] if rows else {}) if name != "prompt"}
-        | more,
-        completion_ids=[list(completion.token_ids) for completion in completions],
-        trainer_state=trainer.state,
+    scores = score(
+        trainer, rewards, [prompts[i][1] for i in mine for _ in range(n)], completions, numbers, more
     )
     parts = engine.seconds if trainer.rollout_func is None else {}
     seconds = {f"seconds/{part}": value for part, value in parts.items()}
     seconds |= {"seconds/sampling": sampled - began, "seconds/rewards": time.perf_counter() - sampled}
-    if scores.failures:
-        trainer.log.warn(f"left out of training:\n{scores.summary()}")
     drawn = [
-        (i, Drawn(i, completion, tuple(of_functions), reward))
-        for i, completion, of_functions, reward in zip(
+        Drawn(i, completion, tuple(of_functions), reward, tuple(disagreements), number, late)
+        for i, completion, of_functions, reward, disagreements, number, late in zip(
             [i for i in mine for _ in range(n)],
             completions,
             scores.per_function_NF.tolist(),
             scores.rewards_N.tolist(),
+            scores.disagreement_NF.tolist(),
+            numbers,
+            scores.late_N.tolist(),
         )
     ]
     if accelerator.num_processes > 1:
         drawn = gather_object(drawn)
-    everything = [of for _, of in sorted(drawn, key=lambda pair: pair[0])]
-    if everything and all(of.reward != of.reward for of in everything):
+    everything = sorted(drawn, key=lambda of: of.number)
+    if everything and all(of.reward != of.reward and not of.late for of in everything):
         raise RuntimeError(
             f"none of {len(everything)} completions got a reward from {', '.join(rewards.names)}: see what is said of them "
             "above"
         )
     return everything, seconds
+
+
+def score(
+    trainer: OnPolicyTrainer,
+    rewards: RewardSet,
+    rows: Sequence[dict[str, Any]],
+    completions: Sequence[Completion],
+    numbers: Sequence[int],
+    more: dict[str, list[Any]] | None = None,
+) -> Scores:
+    """Rewards of completions of these rows; what fails is told.
+
+    Raises:
+        ValueError: a reward is late, and the trainer does not wait.
+    """
+    scores = rewards.score(
+        [row["prompt"] for row in rows],
+        [answer_of(row, completion) for row, completion in zip(rows, completions)],
+        {name: [row.get(name) for row in rows] for name in (rows[0] if rows else {}) if name != "prompt"}
+        | (more or {}),
+        completion_ids=[list(completion.token_ids) for completion in completions],
+        sample_ids=list(numbers),
+        trainer_state=trainer.state,
+    )
+    if scores.failures:
+        trainer.log.warn(f"left out of training:\n{scores.summary()}")
+    if scores.late_N.any() and trainer.late is None:
+        raise ValueError(
+            f"a reward function said LATE, and {type(trainer).__name__} does not wait: GRPOTrainer does, with "
+            "late_max_age=..., the updates that a reward may take"
+        )
+    return scores
 
 
 def answer_of(row: dict[str, Any], completion: Completion) -> Any:
@@ -215,31 +249,35 @@ def describe(drawn: Sequence[Drawn], names: Sequence[str]) -> dict[str, float]:
     """TRL's metrics of a draw."""
     lengths = [len(of.completion.token_ids) for of in drawn]
     figures = length_figures(lengths, [of.completion.finish_reason == "stop" for of in drawn])
-    rewards_N = torch.tensor([of.reward for of in drawn], dtype=torch.float64)
-    rewards_NF = torch.tensor([of.rewards for of in drawn], dtype=torch.float64)
     return {
         **{f"completions/{name}": value for name, value in figures.items()},
-        **reward_figures(rewards_N, rewards_NF, names),
+        **describe_rewards(drawn, names),
     }
+
+
+def describe_rewards(drawn: Sequence[Drawn], names: Sequence[str]) -> dict[str, float]:
+    """Metrics of the rewards of a draw, and how unsure they are where functions tell."""
+    rewards_N = torch.tensor([of.reward for of in drawn], dtype=torch.float64)
+    rewards_NF = torch.tensor([of.rewards for of in drawn], dtype=torch.float64)
+    disagreements_NF = torch.tensor([of.disagreements for of in drawn], dtype=torch.float64)
+    unsure = {
+        f"rewards/{name}/disagreement": unsure_N.nanmean().item()
+        for name, unsure_N in zip(names, disagreements_NF.T)
+        if not unsure_N.isnan().all()
+    }
+    return {**reward_figures(rewards_N, rewards_NF, names), **unsure}
 
 
 def reward_figures(rewards_N: Tensor, rewards_NF: Tensor, names: Sequence[str]) -> dict[str, float]:
-    """TRL's metrics of rewards, and the share of completions that have none; NaN stands for none."""
-    metrics = {
-        "reward": _mean(rewards_N),
-        "reward_std": _std(rewards_N),
-        "unscored": rewards_N.isnan().double().mean().item(),
-    }
-    for f, name in enumerate(names):
-        metrics[f"rewards/{name}/mean"] = _mean(rewards_NF[:, f])
-        metrics[f"rewards/{name}/std"] = _std(rewards_NF[:, f])
+    """TRL's metrics of rewards, and the share of completions that have none; NaN stands for none. What there is no number
+    of is left out."""
+    metrics = {"unscored": rewards_N.isnan().double().mean().item()}
+    of_functions = zip((f"rewards/{name}/" for name in names), rewards_NF.T)
+    for x_N, mean, std in (
+        (rewards_N, "reward", "reward_std"),
+        *((x_N, f"{name}mean", f"{name}std") for name, x_N in of_functions),
+    ):
+        known_N = x_N[~x_N.isnan()]
+        if len(known_N):
+            metrics |= {mean: known_N.mean().item(), std: known_N.std().item() if len(known_N) > 1 else 0.0}
     return metrics
-
-
-def _mean(x_N: Tensor) -> float:
-    return x_N.nanmean().item() if not x_N.isnan().all() else 0.0
-
-
-def _std(x_N: Tensor) -> float:
-    known_N = x_N[~x_N.isnan()]
-    return known_N.std().item() if len(known_N) > 1 else 0.0

@@ -10,6 +10,7 @@ Names and defaults are TRL 1.16's; a row of a step is a completion. A draw is on
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,8 +24,11 @@ from alignfast.losses.grpo import BY_SEQUENCE, POLICY_STATS, policy_counts, poli
 from alignfast.trainers.batches import Counts
 from alignfast.trainers.config import config
 from alignfast.trainers.experience import Drawn, Experience, describe
+from alignfast.trainers.late import LATE_FILE, LateRewards
 from alignfast.trainers.metrics import Metrics, means
+from alignfast.trainers.mismatch import MODES
 from alignfast.trainers.on_policy import A_DRAW, OnPolicyConfig, OnPolicyTrainer
+from alignfast.trainers.state import read_json, write_json
 
 
 @config
@@ -59,6 +63,14 @@ class GRPOConfig(OnPolicyConfig):
     """`sum_then_normalize`: rewards are added, then compared. `normalize_then_sum`: each is compared by itself."""
     dynamic_sampling_rounds: int = 0
     """Draw again, up to so many times, for prompts whose rewards are all alike (DAPO, arXiv 2503.14476)."""
+    late_max_age: int | None = None
+    """Wait so many updates, >= 0, for a reward function that says `LATE`; its group joins the next draw. None: no wait."""
+    late_importance_sampling_correction: bool = True
+    """Weigh late completions by how much likelier they are now than when they were drawn."""
+    late_importance_sampling_mode: str = "token_truncate"
+    """By `token` or `sequence`, and what becomes of weights beyond the cap: `_truncate` or `_mask`."""
+    late_importance_sampling_clip_max: float | None = 3.0
+    """The cap, > 0; None for none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,6 +79,16 @@ class GRPOConfig(OnPolicyConfig):
         )
         self._require(self.dynamic_sampling_rounds >= 0, "dynamic_sampling_rounds", "at least 0")
         self._choose("scale_rewards", "group", "batch", "none")
+        self._choose("late_importance_sampling_mode", *MODES)
+        cap = self.late_importance_sampling_clip_max
+        self._require(cap is None or cap > 0, "late_importance_sampling_clip_max", "above 0, or None")
+        self._require(
+            self.late_max_age is None or self.late_max_age >= 0, "late_max_age", "at least 0, or None"
+        )
+        waits_for_it = self.late_max_age is None or self.engine != "vllm"
+        self._require(
+            waits_for_it, "late_max_age", "None with engine='vllm', whose own weights it does not join yet"
+        )
         self._choose("multi_objective_aggregation", "sum_then_normalize", "normalize_then_sum")
         options = {name: value for name, value in self.loss_options.items() if name != "backend"}
         policy_options(**options)  # tells a wrong option
@@ -113,6 +135,17 @@ class GRPOTrainer(OnPolicyTrainer):
         self, model: Any, reward_funcs: Any, args: GRPOConfig | None = None, *more: Any, **rest: Any
     ) -> None:
         super().__init__(model, reward_funcs, args, *more, **rest)
+        if self.args.late_max_age is not None:
+            if self.rollout_func is not None:
+                raise ValueError(
+                    "late_max_age waits for no completions of a rollout_func: leave one of them out"
+                )
+            if self.args.engine == "vllm" and not self.args.vllm_importance_sampling_correction:
+                raise ValueError(
+                    "late_max_age with engine='vllm' needs vllm_importance_sampling_correction: its weights are those of "
+                    "late completions too"
+                )
+            self.late = LateRewards(self, self.args.late_max_age)
 
     @property
     def completions_of_each(self) -> int:  # type: ignore[override]
@@ -129,14 +162,22 @@ class GRPOTrainer(OnPolicyTrainer):
         terms = self.args.beta or self.args.entropy_coef
         return bool(terms) or bool((self.experience.advantages[row] != 0).any())
 
+    def trains_on(self, of: Drawn) -> bool:
+        """Whether a completion's tokens carry loss: not while it waits for its reward."""
+        return super().trains_on(of) and not of.late
+
     def collect(self, number: int) -> Experience:
         """Draw completions, and say what each is worth."""
         args, n = self.args, self.args.num_generations
         rows = self.plan.rows(number * self.plan.steps_per_draw)
         drawn, metrics = self.sample(rows, number * A_DRAW)
+        row_of = list(rows)  # of each group
         for again in range(args.dynamic_sampling_rounds):
+            groups = [drawn[g * n : (g + 1) * n] for g in range(len(rows))]
             alike = [
-                g for g in range(len(rows)) if _is_flat([of.reward for of in drawn[g * n : (g + 1) * n]])
+                g
+                for g, group in enumerate(groups)
+                if _is_flat([of.reward for of in group]) and not any(of.late for of in group)
             ]
             if not alike:
                 break
@@ -145,14 +186,20 @@ class GRPOTrainer(OnPolicyTrainer):
             found, seconds = self.sample(fresh, number * A_DRAW + (again + 1) * len(rows) * n)
             for place, g in enumerate(alike[: len(fresh)]):
                 drawn[g * n : (g + 1) * n] = found[place * n : (place + 1) * n]
+                row_of[g] = fresh[place]
             for name, value in {**seconds, "resampled_groups": float(len(fresh))}.items():
                 metrics[name] = metrics.get(name, 0.0) + value
-        return self.appraise(drawn, {**metrics, **describe(drawn, self.rewards.names)})
+        metrics |= describe(drawn, self.rewards.names)
+        if self.late is not None:
+            drawn = self.late.exchange(drawn, row_of, number * self.plan.steps_per_draw, metrics)
+        return self.appraise(drawn, metrics)
 
     def appraise(self, drawn: list[Drawn], metrics: dict[str, float]) -> Experience:
         """Every token of a completion has its advantage."""
         advantages_N, flat = self.advantages(drawn)
         experience = self.trees_of(drawn, {**metrics, "frac_reward_zero_std": flat})
+        if self.late is not None:
+            self.late.weigh(experience, drawn)
         experience.advantages = [
             torch.full((len(logps),), advantage)
             for logps, advantage in zip(experience.old_logps, advantages_N.tolist())
@@ -200,6 +247,18 @@ class GRPOTrainer(OnPolicyTrainer):
             temperature=args.temperature,
         )
         return loss, means(sums, policy_counts(list(sums), counts["trained"], counts["sequences"], level))
+
+    def save_more(self, folder: Path) -> None:
+        """The draw, and what waits."""
+        super().save_more(folder)
+        if self.late is not None:
+            write_json(folder / LATE_FILE, self.late.buffer.state_dict())
+
+    def load_more(self, folder: Path) -> None:
+        """The draw, and what waits."""
+        super().load_more(folder)
+        if self.late is not None:
+            self.late.buffer.load_state_dict(read_json(folder / LATE_FILE))
 
 
 def _is_flat(rewards: list[float]) -> bool:

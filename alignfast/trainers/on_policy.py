@@ -26,6 +26,7 @@ from alignfast.trainers.batches import Counts, Data, Share, num_predictions, who
 from alignfast.trainers.config import TrainerConfig, config
 from alignfast.trainers.experience import Drawn, Experience, describe, draw
 from alignfast.trainers.judged import Judged
+from alignfast.trainers.late import LateRewards
 from alignfast.trainers.loop import Trainer
 from alignfast.trainers.mismatch import MODES, correct
 from alignfast.trainers.reference import FrozenModel, ReferenceOptions, make_reference
@@ -81,6 +82,8 @@ class OnPolicyConfig(TrainerConfig):
     """Weight of the KL to the model as it was before training; 0 needs no reference."""
     reward_weights: list[float] | None = None
     """A factor for each reward function; None is 1 for each."""
+    disagreement_coef: float | None = None
+    """What the spread of the heads costs, >= 0, of reward models that are ensembles; those need it."""
     reward_normalization_decay: float | None = None
     """Put each reward function on mean 0 and deviation 1 of its recent past, in [0, 1): for feedback that drifts."""
     measure_kl: bool | None = None
@@ -142,6 +145,7 @@ class OnPolicyTrainer(Trainer):
     engine: RolloutEngine
     completions_of_each = 1  # prompt
     ref_model: Any = None  # the reference; None is the model as it was given
+    late: LateRewards | None = None  # what waits for a reward that comes after its step
 
     def __init__(
         self,
@@ -167,9 +171,9 @@ class OnPolicyTrainer(Trainer):
     def rewards(self) -> RewardSet:
         """The reward functions, looked up before any row is read."""
         if self.scorers is None:
-            self.scorers = RewardSet(
-                self.reward_funcs, self.args.reward_weights, timeout=self.args.reward_timeout
-            )
+            args = self.args
+            options = dict(timeout=args.reward_timeout, disagreement_coef=args.disagreement_coef)
+            self.scorers = RewardSet(self.reward_funcs, args.reward_weights, **options)
         return self.scorers
 
     # What such a trainer defines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,6 +49,36 @@ def test_the_limit_on_age_holds_with_and_without_a_reward() -> None:
     assert buffer.unclaimed == 1
     assert buffer.arrive(3, 1.0)
     assert len(buffer) == 1
+
+
+def test_a_group_leaves_together() -> None:
+    buffer = LateBuffer(max_age=4)
+    for id, group in (("a", "g"), ("b", "h"), ("c", "g"), ("d", None)):
+        buffer.add(replace(sample(id, 0), group=group))
+    buffer.arrive("a", 1.0)
+    buffer.arrive("b", 2.0)
+    assert [s.id for s in buffer.ready(1)] == ["b"]  # a waits for c
+    assert [s.id for s in buffer.waiting()] == ["c", "d"]
+    assert buffer.arrive("c", None, {"why": "asked nobody"})  # no reward will come: it holds nobody up
+    assert [(s.id, s.reward) for s in buffer.ready(2)] == [("a", 1.0), ("c", None)]
+    assert buffer.expired == 0
+    assert buffer.arrive("d", None)
+    assert buffer.ready(2) == []  # nothing to learn from
+    assert len(buffer) == 0
+
+
+def test_at_the_last_chance_a_group_leaves_with_what_it_has() -> None:
+    buffer = LateBuffer(max_age=4)
+    for id, group in (("a", "g"), ("b", "g"), ("c", "h"), ("d", "i")):
+        buffer.add(replace(sample(id, 1 if id == "d" else 0), group=group))
+    buffer.arrive("a", 1.0)
+    assert buffer.ready(2, next_step=4) == []  # of age 4 then
+    assert [(s.id, s.reward) for s in buffer.ready(4, next_step=5)] == [("a", 1.0), ("b", None)]
+    assert buffer.expired == 2  # b and c
+    assert [s.id for s in buffer.waiting()] == ["d"]
+    again = LateBuffer(max_age=4)
+    again.load_state_dict(json.loads(json.dumps(buffer.state_dict())))
+    assert again.waiting() == buffer.waiting()
 
 
 def test_max_age_0_takes_this_steps_own_alone() -> None:

@@ -130,6 +130,7 @@ def test_disagreement_of_heads_lowers_the_reward() -> None:
         mean = sum(heads) / 3
         std = math.sqrt(sum((head - mean) ** 2 for head in heads) / 3)
         assert reward == pytest.approx(mean - 0.5 * std, abs=1e-5)
+        assert reward.disagreement == pytest.approx(std, abs=1e-5)
 
 
 def test_anything_that_scores() -> None:
@@ -176,6 +177,29 @@ def test_a_folder_is_a_reward(tmp_path: Path) -> None:
         rewards.check(["prompt"], conversational=True)
     with pytest.raises(ValueError, match="disagreement_coef=1 needs an ensemble"):
         ModelReward.load(tmp_path / "judge", disagreement_coef=1)
+
+
+def test_a_coefficient_goes_to_the_folders_of_ensembles(tmp_path: Path) -> None:
+    model = make_model(num_labels=3)
+    ensemble, single = save(tmp_path / "judges", model), save(tmp_path / "judge", make_model())
+    with pytest.raises(ValueError, match="the reward model has 3 labels"):
+        RewardSet(ensemble)
+    scores = RewardSet(["format", ensemble], disagreement_coef=2.0).score(PROMPTS, COMPLETIONS)
+    heads_NK = ClassifierScorer(model, word_tokenizer()).score(PROMPTS, COMPLETIONS)
+    spread_N = heads_NK.std(1, correction=0)
+    torch.testing.assert_close(scores.disagreement_NF[:, 1], spread_N, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        scores.per_function_NF[:, 1], heads_NK.mean(1) - 2 * spread_N, rtol=0, atol=1e-5
+    )
+    assert scores.disagreement_NF[:, 0].isnan().all()
+    with pytest.raises(ValueError, match=r"disagreement_coef=2\.0 needs an ensemble of heads"):
+        RewardSet([single, ensemble], disagreement_coef=2.0)
+    itself = ModelReward(ClassifierScorer(model, word_tokenizer()), disagreement_coef=0.0)
+    for funcs in ("format", itself):
+        with pytest.raises(
+            ValueError, match="is for the folder of a reward model with several heads, and none is"
+        ):
+            RewardSet(funcs, disagreement_coef=2.0)
 
 
 def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from alignfast.rewards import Failure, RewardSet, score
+from alignfast.rewards import LATE, Estimate, Failure, RewardSet, score
 
 TEXTS = ["a", "bb", "ccc", "dddd"]
 
@@ -384,3 +384,37 @@ def test_lists_of_different_length_are_refused() -> None:
         RewardSet(length).score(["", ""], ["", ""], {"answer": [1, 2, 3]})
     with pytest.raises(ValueError, match="'prompts': 1"):
         RewardSet(length).score([""], ["", ""])
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["sync", "async"])
+def test_late_rewards_have_none_yet(kind: int) -> None:
+    def half(completions: list[str], sample_ids: list[int], **columns: Any) -> list[Any]:
+        return [LATE if number % 2 else None for number in sample_ids]
+
+    def fails_last(completions: list[str], **columns: Any) -> list[float]:
+        return [math.nan if len(text) == 4 else 1.0 for text in completions]
+
+    functions = [both_kinds(half)[kind], length, fails_last]
+    scores = RewardSet(functions).score([""] * 4, TEXTS, sample_ids=[8, 7, 6, 5])
+    assert scores.late_N.tolist() == [
+        False,
+        True,
+        False,
+        False,
+    ]  # the last one failed: asking again is of no use
+    assert scores.rewards_N.isnan().tolist() == [False, True, False, True]
+    assert scores.per_function_NF[1].tolist()[1:] == [2.0, 1.0]
+    assert repr(LATE) == "LATE"
+
+
+def test_an_estimate_is_a_number_that_says_how_unsure_it_is() -> None:
+    def unsure(completions: list[str], **columns: Any) -> list[float]:
+        return [Estimate(len(text), disagreement=0.5) if len(text) > 1 else 1.0 for text in completions]
+
+    scores = scored([length, unsure])
+    assert scores.rewards_N.tolist() == [2.0, 4.0, 6.0, 8.0]
+    assert scores.disagreement_NF[:, 0].isnan().all()
+    assert scores.disagreement_NF[1:, 1].tolist() == [0.5] * 3
+    assert scores.disagreement_NF[0, 1].isnan()
+    (failure, *_) = scored(lambda completions: [Estimate(math.inf, disagreement=0.0)] * 4).failures
+    assert "no finite float32" in failure.reason

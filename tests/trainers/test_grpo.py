@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from trainers.tiny import make_gpt2_with_dropout, make_llama, make_tokenizer
+from trainers.tiny import make_gpt2_with_dropout, make_llama, make_reward_llama, make_tokenizer
 
-from alignfast import GRPOConfig, GRPOTrainer
+from alignfast import GRPOConfig, GRPOTrainer, PPOTrainer
 from alignfast.trainers.experience import Experience
 from alignfast.trainers.metrics import read_metrics
 
@@ -260,6 +260,36 @@ def test_drifting_rewards_are_put_on_a_common_scale(tmp_path):
     )  # fmt: skip
     trainer.train()
     assert max(abs(a[0].item()) for a in trainer.experience.advantages) < 5
+
+
+@pytest.mark.parametrize(("kind", "more"), [(GRPOTrainer, {}), (PPOTrainer, dict(num_iterations=1))])
+def test_a_reward_ensembles_disagreement_lowers_the_reward(tmp_path, kind, more):
+    def folder(name, heads):
+        make_reward_llama(num_labels=heads, initializer_range=0.5).save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    def trained(reward_funcs, **options):
+        options = {**RUN, **more, **options}
+        options = {
+            name: of for name, of in options.items() if kind is GRPOTrainer or name != "num_generations"
+        }
+        trainer = kind(
+            make_llama(), reward_funcs, train_dataset=ROWS, processing_class=make_tokenizer(), output_dir=str(tmp_path),
+            **{**options, "max_steps": 1},
+        )  # fmt: skip
+        trainer.train()
+        return trainer
+
+    mean, less = (trained(folder("judges", 3), disagreement_coef=coef) for coef in (0.0, 2.0))
+    unsure = logged(less, "rewards/judges/disagreement")
+    assert unsure == logged(mean, "rewards/judges/disagreement")
+    assert unsure[0] > 0.01
+    assert logged(less, "reward")[0] == pytest.approx(logged(mean, "reward")[0] - 2 * unsure[0], abs=1e-5)
+    with pytest.raises(ValueError, match="the reward model has 3 labels"):
+        trained(folder("judges", 3))
+    with pytest.raises(ValueError, match=r"disagreement_coef=0\.5 needs an ensemble of heads"):
+        trained(folder("judge", 1), disagreement_coef=0.5)
 
 
 def test_conversations_are_answered_as_messages(tmp_path):
