@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from trainers.tiny import make_llama, make_pairs, make_rows, make_thumbs, make_tokenizer
+from trainers.tiny import make_llama, make_pairs, make_reward_llama, make_rows, make_thumbs, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from alignfast.cli import main
@@ -23,7 +23,9 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     make_llama().save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    make_reward_llama(num_labels=2).save_pretrained(tmp_path / "judges")
+    for name in ("model", "judges"):
+        make_tokenizer().save_pretrained(tmp_path / name)
     pairs = [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in make_pairs(16)]
     tasks = [{"prompt": row["prompt"], "answer": "the"} for row in make_rows(16)]
     for name, rows in (
@@ -63,13 +65,15 @@ def test_recipes(recipe: str, workplace: Path) -> None:
             *("--eval_dataset", data, "--judge", "exact", "--gold_reward_funcs", "format"),
         ]
     if method == "ppo":
-        words += ["--steps_per_generation", "2"]
+        words += ["--steps_per_generation", "2", "--reward_funcs", "judges", "--disagreement_coef", "0.5"]
     assert main([*words, "--max_steps", "2", "--use_cpu"]) == 0
     output = workplace / yaml.safe_load(RECIPES[recipe])["output_dir"]
     assert (output / "report.html").is_file()
     assert (output / "adapter_config.json").is_file() == (recipe == "dpo_lora")
     assert is_reward_model(str(output)) == (recipe == "reward")
     assert (output / "critic" / "model.safetensors").is_file() == (recipe == "ppo")
+    if method == "ppo":
+        assert read_metrics(output / "metrics.jsonl")[0]["rewards/judges/disagreement"] > 0
     if method == "grpo":
         evaluated = [row for row in read_metrics(output / "metrics.jsonl") if "eval_win_rate" in row]
         assert "eval_gold/rewards/format/mean" in evaluated[-1]

@@ -27,6 +27,7 @@ from trainers.tiny import (
 from transformers import TrainerCallback
 
 from alignfast import DPOTrainer, GRPOTrainer, KTOTrainer, PPOTrainer, RewardTrainer, SFTTrainer
+from alignfast.rewards import LATE
 from alignfast.trainers.interrupt import TrainingInterrupted
 from alignfast.trainers.state import whole
 
@@ -35,6 +36,12 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 def num_words(completions, **columns):
     return [float(len(text.split())) for text in completions]
+
+
+def num_words_late(completions, sample_ids, trainer_state, **columns):
+    """Of the first draw, every third completion's is late by a draw."""
+    late = [number % 3 == 0 and trainer_state.global_step < 2 for number in sample_ids]
+    return [LATE if wait else words for wait, words in zip(late, num_words(completions))]
 
 
 def num_letters(completions, **columns):
@@ -60,7 +67,8 @@ METHODS = {
     "grpo": (
         GRPOTrainer,
         dict(
-            reward_funcs=num_words,
+            reward_funcs=num_words_late,
+            late_max_age=2,
             max_completion_length=6,
             num_generations=2,
             beta=0.1,
