@@ -21,7 +21,7 @@ from alignfast.models.reward import HEAD
 
 
 def load_classifier(
-    name: str, num_heads: int | None, dtype: str | torch.dtype, trust_remote_code: bool
+    name: str, num_heads: int | None, dtype: str | torch.dtype, trust_remote_code: bool, **more: Any
 ) -> tuple[nn.Module, bool]:
     """A sequence classification model, and whether its head is fresh.
 
@@ -30,13 +30,14 @@ def load_classifier(
         num_heads: outputs; None is the checkpoint's own number, 1 for a fresh head.
         dtype: of the parameters.
         trust_remote_code: run code that comes with the model.
+        **more: for transformers' from_pretrained.
 
     Raises:
         ValueError: the checkpoint has another number of heads, or lacks weights that it should hold.
         ModelRefused: transformers has no sequence classification model of this architecture.
     """
     if find_adapter_config_file(name) is not None:
-        return load_adapters(name, num_heads, dtype, trust_remote_code), False
+        return load_adapters(name, num_heads, dtype, trust_remote_code, **more), False
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     brings_head = _brings_head(config)
     if brings_head and num_heads not in (None, config.num_labels):
@@ -53,6 +54,7 @@ def load_classifier(
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
+                **more,
             )
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
@@ -88,6 +90,7 @@ def load_adapters(
     dtype: str | torch.dtype,
     trust_remote_code: bool,
     base: str | None = None,
+    **more: Any,
 ) -> Any:
     """Adapters of a reward model around their base, whose own head they replace; `base` where it has moved.
 
@@ -114,7 +117,7 @@ def load_adapters(
         raise ValueError(
             f"the adapters in {name} do not say which model they belong to: load it yourself, and pass a PeftModel"
         )
-    model, _ = load_classifier(base, heads[0], dtype, trust_remote_code)
+    model, _ = load_classifier(base, heads[0], dtype, trust_remote_code, **more)
     return PeftModel.from_pretrained(model, name, is_trainable=True)
 
 

@@ -13,6 +13,7 @@ from transformers.utils import find_adapter_config_file
 
 from alignfast.models.attention import ModelRefused
 from alignfast.models.classifier import load_classifier
+from alignfast.models.four_bit import FourBit, check_four_bit, keep_arithmetic
 from alignfast.models.policy import Policy
 from alignfast.models.reward import RewardModel
 
@@ -27,6 +28,7 @@ def load_policy(
     gradient_checkpointing: bool = False,
     disable_dropout: bool = True,
     trust_remote_code: bool = False,
+    four_bit: FourBit | None = None,
 ) -> Policy:
     """A policy ready to train.
 
@@ -41,12 +43,15 @@ def load_policy(
         gradient_checkpointing: recompute activations in the backward pass.
         disable_dropout: set every dropout of the model to 0. Packed attention refuses dropout on its weights.
         trust_remote_code: run code that comes with the model; off unless asked for.
+        four_bit: load the linear layers in 4 bits, to train adapters on; None loads them as they are.
 
     Raises:
-        ValueError: the layout is unknown, or options that concern loading come with a model object.
+        ValueError: the layout is unknown, options that concern loading come with a model object, or 4 bits without adapters
+            or without bitsandbytes.
         ModelRefused: the model can't be trained this way; the message names the way out.
     """
-    model = _loaded(model, layout, dtype, lambda name, dtype: _load(name, dtype, trust_remote_code))
+    more = _quantised(model, peft_config, four_bit)
+    model = _loaded(model, layout, dtype, lambda name, dtype: _load(name, dtype, trust_remote_code, **more))
     model = _ready(model, peft_config, "CAUSAL_LM", gradient_checkpointing, disable_dropout)
     return Policy(model, layout=layout, backend=backend)
 
@@ -62,6 +67,7 @@ def load_reward_model(
     gradient_checkpointing: bool = False,
     disable_dropout: bool = True,
     trust_remote_code: bool = False,
+    four_bit: FourBit | None = None,
 ) -> RewardModel:
     """A reward model ready to train or to score.
 
@@ -76,16 +82,17 @@ def load_reward_model(
         gradient_checkpointing: recompute activations in the backward pass.
         disable_dropout: set every dropout of the model to 0.
         trust_remote_code: run code that comes with the model.
+        four_bit: as of `load_policy`; the head stays whole.
 
     Raises:
         ValueError: the model has another number of heads, or a checkpoint lacks weights, its head among them; as
             `load_policy`.
         ModelRefused: the model can't be trained this way; the message names the way out.
     """
-    fresh = []
+    fresh, more = [], _quantised(model, peft_config, four_bit)
 
     def load(name: str, dtype: str | torch.dtype) -> nn.Module:
-        loaded, is_fresh = load_classifier(name, num_heads, dtype, trust_remote_code)
+        loaded, is_fresh = load_classifier(name, num_heads, dtype, trust_remote_code, **more)
         fresh.append(is_fresh)
         return loaded
 
@@ -97,6 +104,16 @@ def load_reward_model(
             f"{type(found.base).__name__} has {found.num_heads} outputs and num_heads={num_heads}: give its own number"
         )
     return found
+
+
+def _quantised(model: Any, peft_config: Any, four_bit: FourBit | None) -> dict[str, Any]:
+    """What from_pretrained takes for a base in 4 bits."""
+    named = isinstance(model, (str, os.PathLike))
+    adapted = peft_config is not None or (
+        named and four_bit is not None and find_adapter_config_file(os.path.expanduser(model)) is not None
+    )
+    check_four_bit(four_bit, named, adapted)
+    return {} if four_bit is None else four_bit.loading()
 
 
 def _loaded(model: Any, layout: str, dtype: Any, load: Callable[[str, str | torch.dtype], nn.Module]) -> Any:
@@ -122,6 +139,7 @@ def _ready(
         )
     if peft_config is not None:
         model = _add_adapters(model, peft_config, task_type)
+    keep_arithmetic(model)
     if disable_dropout:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -136,15 +154,16 @@ def _ready(
     return model
 
 
-def _load(name: str, dtype: str | torch.dtype, trust_remote_code: bool) -> nn.Module:
+def _load(name: str, dtype: str | torch.dtype, trust_remote_code: bool, **more: Any) -> nn.Module:
     adapter_config = find_adapter_config_file(name)
+    loading = {"dtype": dtype, "trust_remote_code": trust_remote_code, **more}
     if adapter_config is None:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_pretrained(name, **loading)
     from peft import PeftConfig, PeftModel
 
     # transformers would put the adapters into the base model, frozen and without a switch to turn them off.
     base = PeftConfig.from_pretrained(name).base_model_name_or_path
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(base, **loading)
     return PeftModel.from_pretrained(model, name, is_trainable=True)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from alignfast.data.packing import Batch, Tree
 from alignfast.models.attention import ModelRefused, attention_set
+from alignfast.models.four_bit import arithmetic_of
 from alignfast.models.head import readout, weight_and_bias
 from alignfast.models.trunk import PROBE_TOLERANCE, Trunk
 
@@ -128,7 +129,10 @@ class RewardModel(Trunk):
         norm = float(weight_and_bias(self._head)[0].float().norm(dim=1).max())
         size = float(hidden_1D.float().norm()) * norm + 1e-9
         difference = float((ours_1H.float() - theirs_1H.float()).abs().max()) / size
-        if theirs_1H.shape != ours_1H.shape or not difference <= PROBE_TOLERANCE[hidden_1D.dtype]:
+        if (
+            theirs_1H.shape != ours_1H.shape
+            or not difference <= PROBE_TOLERANCE[arithmetic_of(self.base, hidden_1D.dtype)]
+        ):
             raise ModelRefused(
                 f"{type(self.base).__name__} gives other rewards than its head {HEAD} on the last token's hidden state; its "
                 "head is not understood"

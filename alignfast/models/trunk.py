@@ -26,6 +26,7 @@ from alignfast.models.attention import (
     check_layer_kinds,
     no_mask,
 )
+from alignfast.models.four_bit import arithmetic_of
 
 # Largest difference between packed and plain numbers that the probe takes for rounding, as a share of the largest.
 # Trained models that packing gets wrong were off by 0.2 and more, tiny random ones by 2e-4. float64 is held no
@@ -200,7 +201,7 @@ class Trunk(nn.Module):
         finally:
             self.train(training)
         difference = float((ours_NX.float() - theirs_NX.float()).abs().max() / theirs_NX.float().abs().max())
-        tolerance = PROBE_TOLERANCE[ours_NX.dtype]
+        tolerance = PROBE_TOLERANCE[arithmetic_of(self.base, ours_NX.dtype)]
         if not difference <= tolerance:
             remedy = "use layout='padded'" if self.layout != "padded" else "its head is not understood"
             raise ModelRefused(

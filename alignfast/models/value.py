@@ -23,6 +23,7 @@ from transformers import AutoModelForSequenceClassification
 
 from alignfast.data.packing import Batch
 from alignfast.models.attention import ModelRefused
+from alignfast.models.four_bit import has_packed_weights
 from alignfast.models.head import head_of, readout, weight_and_bias
 from alignfast.models.load import load_reward_model
 from alignfast.models.policy import Policy
@@ -148,6 +149,8 @@ def critic_like(policy: Policy, adapters_are_new: bool) -> Critic:
     model, adapters = copy.deepcopy(policy.model), None
     if hasattr(model, "peft_config"):
         adapters = _adapters_like(policy)
+        if has_packed_weights(model) and not adapters_are_new:
+            raise ModelRefused(f"a critic would have the adapters merged into weights of 4 bits: {_WAY_OUT}")
         model = model.unload() if adapters_are_new else model.merge_and_unload()
     trunk = model.base_model
     config = trunk.config
@@ -177,6 +180,9 @@ def critic_like(policy: Policy, adapters_are_new: bool) -> Critic:
     if adapters is not None:
         from peft import get_peft_model
 
+        for name in ("is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer"):
+            if hasattr(model, name):  # by which PEFT knows how to adapt quantised layers
+                setattr(made, name, getattr(model, name))
         made = get_peft_model(made, adapters)
     return Critic(made, layout=policy.layout, backend=policy.backend, fresh_head=True)
 

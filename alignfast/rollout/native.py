@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignfast.kernels import PackedLayout, sample_tokens
 from alignfast.models.attention import NAME, ModelRefused, attention_set, check_layer_kinds
+from alignfast.models.four_bit import arithmetic_of
 from alignfast.models.policy import Policy
 from alignfast.models.trunk import PROBE_TOLERANCE
 from alignfast.rollout.cache import PagedCache
@@ -128,7 +129,7 @@ class NativeEngine:
         ours_N = torch.tensor(completion.logps, device=device)
         difference = float((ours_N - theirs_N).abs().max() / theirs_NV.abs().max())
         autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else base.dtype
+        dtype = arithmetic_of(base, torch.get_autocast_dtype(device.type) if autocast else base.dtype)
         tolerance = 2 * PROBE_TOLERANCE[dtype]  # a log-prob is a difference of two
         if not difference <= tolerance:
             raise ModelRefused(

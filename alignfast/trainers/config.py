@@ -17,6 +17,7 @@ from typing import Any, ClassVar, TypeVar
 import yaml
 from typing_extensions import dataclass_transform
 
+from alignfast.models.four_bit import QUANT_TYPES, FourBit
 from alignfast.trainers.refused import option_names, refuse_unknown
 
 DEFAULT_OUTPUT_DIR = "trainer_output"
@@ -104,6 +105,15 @@ class TrainerConfig:
     """Mixed precision in float16, with loss scaling."""
     dtype: str | None = None
     """Type of the parameters: float32, bfloat16, float16, auto. None: float32 for a path, a given model's own."""
+    load_in_4bit: bool = False
+    """Load the linear layers of a model by name in 4 bits, to train LoRA on (QLoRA); needs bitsandbytes. A reference or
+    critic of its own is loaded whole."""
+    bnb_4bit_quant_type: str = "nf4"
+    """Codes of 4 bits: `nf4` or `fp4`."""
+    use_bnb_nested_quant: bool = True
+    """Quantise the scales too. (TRL's default: False.)"""
+    bnb_4bit_compute_dtype: str | None = None
+    """Type of the products with 4-bit weights; None: bfloat16 on GPUs that have it, else float32. (TRL: dtype.)"""
     gradient_checkpointing: bool = True
     """Compute activations again in the backward pass: less memory for about a quarter more work."""
     disable_dropout: bool = True
@@ -202,6 +212,9 @@ class TrainerConfig:
         self._choose("eval_strategy", "steps", "epoch", "no", None)
         self._choose("save_strategy", "steps", "epoch", "best", "no")
         self._choose("dtype", "float32", "bfloat16", "float16", "auto", None)
+        self._choose("bnb_4bit_quant_type", *QUANT_TYPES)
+        self._choose("bnb_4bit_compute_dtype", "float32", "bfloat16", "float16", None)
+        self._require(not (self.load_in_4bit and self.fsdp), "fsdp", "off where load_in_4bit is on")
         self._require(not (self.bf16 and self.fp16), "bf16", "off where fp16 is on")
         if self.eval_strategy is None:
             object.__setattr__(self, "eval_strategy", "no" if self.eval_steps is None else "steps")
@@ -245,7 +258,11 @@ class TrainerConfig:
             "disable_dropout",
             "trust_remote_code",
         )
-        return {name: getattr(self, name) for name in names}
+        four_bit = FourBit(self.bnb_4bit_quant_type, self.use_bnb_nested_quant, self.bnb_4bit_compute_dtype)
+        return {
+            **{name: getattr(self, name) for name in names},
+            "four_bit": four_bit if self.load_in_4bit else None,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain values, the hub's token masked."""

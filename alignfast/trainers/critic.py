@@ -41,7 +41,7 @@ def make_critic(
         return head
     if value_model is None:
         return critic_like(policy, adapters_are_new)
-    loading = args.loading
+    loading = {**args.loading, "four_bit": None}  # it is trained whole
     if not isinstance(value_model, (str, os.PathLike)):
         loading["dtype"] = None  # an object keeps its own
     return load_critic(value_model, **loading)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from alignfast.models.four_bit import arithmetic_of, num_weights
 from alignfast.trainers.progress import duration
 
 if TYPE_CHECKING:
@@ -59,7 +60,11 @@ def _bytes(parameter: nn.Parameter) -> int:
 def _dtype(trainer: Trainer) -> torch.dtype:
     """Type of the arithmetic."""
     mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision)
-    return next(trainer.module.parameters()).dtype if mixed is None else mixed
+    if mixed is not None:
+        return mixed
+    # codes of 4 bits are whole numbers, and what they stand for is computed in a type of its own
+    dtype = next(p.dtype for p in trainer.module.parameters() if p.is_floating_point())
+    return arithmetic_of(trainer.module.base, dtype)
 
 
 def _time(trainer: Trainer, tokens: float) -> str:
@@ -67,7 +72,7 @@ def _time(trainer: Trainer, tokens: float) -> str:
     args = trainer.args
     x = torch.ones(_GEMM, _GEMM, device=trainer.accelerator.device, dtype=_dtype(trainer))
     best = min(_seconds_of(x) for _ in range(3))
-    parameters = sum(p.numel() for p in trainer.module.parameters())
+    parameters = sum(map(num_weights, trainer.module.parameters()))
     trained = sum(p.numel() for p in trainer.module.parameters() if p.requires_grad)
     # Per token and parameter 2 FLOPs forward, 2 back through the activations, 2 for a trained weight's gradient.
     passes = (6 if args.gradient_checkpointing else 4) + 2 * trainer.forwards_beside

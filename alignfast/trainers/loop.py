@@ -26,6 +26,7 @@ from transformers.trainer_utils import TrainOutput
 
 from alignfast.data import Batch, load_rows
 from alignfast.kernels._targets import bad_targets_seen
+from alignfast.models.four_bit import check_trainable
 from alignfast.models.load import load_tokenizer
 from alignfast.trainers.batches import NO_DATA, Data, join_data, pack_rows, share_out
 from alignfast.trainers.config import TrainerConfig, one_of, resolve_config, resume_option
@@ -87,6 +88,7 @@ class Trainer(Hooks):
         set_seed(args.seed)
         self.accelerator = make_accelerator(args)
         self.module = self.load(model, peft_config)
+        check_trainable(self.module.model)
         if args.router_aux_loss_coef is not None:
             self.module.set_router_weight(args.router_aux_loss_coef)
         self.policy, self.model = None, self.module.model
