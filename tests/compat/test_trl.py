@@ -73,13 +73,15 @@ def test_both_in_one_pass(requires_grad: bool) -> None:
     logps, entropy = ours.selective_log_softmax_and_entropy(
         LOGITS.clone().requires_grad_(), INDEX, requires_grad
     )
-    assert logps.requires_grad and entropy.requires_grad == requires_grad
+    assert logps.requires_grad
+    assert entropy.requires_grad == requires_grad
 
 
 def test_sixteen_bits_give_float32_where_theirs_stay_at_sixteen() -> None:
     logits = LOGITS.bfloat16()
     value, grad = gradient(lambda x: ours.selective_log_softmax(x, INDEX), logits)
-    assert value.dtype == torch.float32 and grad.dtype == torch.bfloat16
+    assert value.dtype == torch.float32
+    assert grad.dtype == torch.bfloat16
     assert theirs.selective_log_softmax(logits, INDEX).dtype == torch.bfloat16
     torch.testing.assert_close(value, theirs.selective_log_softmax(logits.float(), INDEX))
 
