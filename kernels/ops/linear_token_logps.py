@@ -11,6 +11,7 @@ Letters: T tokens, N rows of a chunk, D width, V vocabulary, K the statistics of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from alignfast.kernels._backend import resolve
 from alignfast.kernels._head import Head, autocast_head, check_head, chunk_rows_for, loss_scale
 from alignfast.kernels._targets import check_targets
 from alignfast.kernels._workspace import workspace
-from alignfast.kernels.token_logps import ENTROPY, LOGPS, RowOptions, row_options
+from alignfast.kernels.linear_loss import Stats
+from alignfast.kernels.token_logps import STATS, RowOptions, row_options
 
 
 def linear_token_logps(
@@ -61,13 +63,53 @@ def linear_token_logps(
     >>> linear_token_logps(torch.ones(2, 3), torch.zeros(4, 3), torch.tensor([0, 3]))
     tensor([-1.3863, -1.3863])
     """
+    stats = linear_token_stats(
+        hidden_TD, weight_VD, targets_T, stats=("logps", "entropy") if entropy else ("logps",), bias_V=bias_V,
+        scale=scale, softcap=softcap, temperature=temperature, ignore_index=ignore_index, backend=backend,
+    )  # fmt: skip
+    return (stats.logps, stats.entropy) if entropy else stats.logps
+
+
+def linear_token_stats(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    *,
+    stats: Sequence[str] = ("logps",),
+    bias_V: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    backend: str = "auto",
+) -> Stats:
+    """Any statistics of each row, of which `linear_token_logps` gives two; arguments, errors and types are its own.
+
+    Args:
+        hidden_TD: hidden states, one row a token.
+        weight_VD: the head.
+        targets_T: int64 class of each row, or `ignore_index`.
+        stats: any of logps, lse, entropy, mean_logit, is_top1, sum_sq_probs; all differentiable but is_top1.
+        bias_V: bias of the head.
+        scale: factor on the raw logits.
+        softcap: cap of the scaled logits, None for none.
+        temperature: divisor after the cap, > 0.
+        ignore_index: rows with this target give 0 and get no gradient.
+        backend: implementation of the row pass.
+
+    Returns:
+        `Stats` with the fields asked for, one entry a row; the others are None.
+
+    >>> linear_token_stats(torch.ones(1, 3), torch.zeros(4, 3), torch.tensor([3]), stats=("lse", "mean_logit"))[1:4]
+    (tensor([1.3863]), None, tensor([0.]))
+    """
     hidden_TD, weight_VD, bias_V = autocast_head(hidden_TD, weight_VD, bias_V)
     check_head(hidden_TD, weight_VD, targets_T, bias_V)
-    options = row_options(scale, softcap, temperature, ignore_index, ("entropy",) if entropy else ())
+    options = row_options(scale, softcap, temperature, ignore_index, tuple(stats))
     implementation = resolve("token_logps", hidden_TD.device, hidden_TD.dtype, backend)
     check_targets(targets_T, weight_VD.shape[0], ignore_index)
     stats_KT = _LinearRowStats.apply(hidden_TD, weight_VD, bias_V, targets_T, options, implementation)
-    return (stats_KT[LOGPS], stats_KT[ENTROPY]) if entropy else stats_KT[LOGPS]
+    return Stats(**{name: stats_KT[STATS.index(name)] for name in stats})
 
 
 def _chunks(hidden_TD: Tensor, weight_VD: Tensor) -> list[slice]:
