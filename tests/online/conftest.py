@@ -64,10 +64,11 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path}/feedback.db"
     import psycopg
 
+    # a schema, not a database, which would be copied from 300 files
     folder, name = request.getfixturevalue("cluster"), f"test_{next(_numbers)}"
     with psycopg.connect(f"host={folder} user=postgres dbname=postgres", autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    return f"postgresql://postgres@/{name}?host={folder}"
+        connection.execute(f"CREATE SCHEMA {name}")
+    return f"postgresql://postgres@/postgres?host={folder}&options=-csearch_path%3D{name}"
 
 
 @pytest.fixture

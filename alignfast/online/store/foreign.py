@@ -62,8 +62,9 @@ def openwebui(row: dict[str, Any]) -> Read:
         policy_version=str(data.get("model_id") or message.get("model") or ""),
     )
     value = "up" if rating == "1" else "down"
-    vote = {"user": user, "created": created}
-    thumb = Vote(id=key, response_id=shown.id, kind="thumb", value=value, comment=comment, **vote)
+    thumb = Vote(
+        id=key, response_id=shown.id, kind="thumb", value=value, comment=comment, user=user, created=created
+    )
     found = Read([shown], [thumb])
     siblings = _siblings(messages, message) if data.get("sibling_model_ids") else []
     if siblings:
@@ -120,7 +121,7 @@ def argilla(
     """
     fields, responses = (row["fields"], row["responses"]) if "responses" in row else _nested(row)
     prompt_name = prompt_field or next((name for name in _PROMPTS if name in fields), None)
-    if prompt_name not in fields:
+    if prompt_name is None or prompt_name not in fields:
         raise BadRow(f"no field is the prompt among {', '.join(fields)}: name it with prompt_field")
     names = answer_fields or tuple(
         n for n in fields if n != prompt_name and n.lower().startswith(_ANSWERS) and fields[n]

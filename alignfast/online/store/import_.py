@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 from alignfast.data import DataError
 from alignfast.data.formats import content_text, scan
 from alignfast.data.sources import open_source
-from alignfast.online.feedback import Shown, Vote
+from alignfast.online.feedback import TIE, Kind, Shown, Vote
 
 if TYPE_CHECKING:
     from alignfast.online.store.store import Store
@@ -215,9 +215,7 @@ def compared(
         for i, text in enumerate(texts)
     ]
     ids = [[shown[i].id for i in place] for place in places]
-    if len(shown) == 2:
-        kind, value = "pair", ids[0][0] if len(ids) == 2 else "tie"
-    else:
-        kind, value = "ranking", ids
+    kind: Kind = "pair" if len(shown) == 2 else "ranking"
+    value = ids if kind == "ranking" else ids[0][0] if len(ids) == 2 else TIE
     vote = Vote(id=key, response_id=shown[0].id, kind=kind, value=value, user=user, **more)
     return Read(shown, [vote])

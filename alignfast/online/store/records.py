@@ -242,9 +242,9 @@ def _to_vote_on(
     connection: Connection, where: ColumnElement[bool], vote: Vote, request: Request
 ) -> dict[str, Any]:
     """Rows of answers by id, less those that are not the user's where they must be."""
-    columns = (responses.c.id, responses.c.group_id, responses.c.user_id)
+    columns = [responses.c.id, responses.c.group_id, responses.c.user_id]
     if vote.among:
-        columns = (*columns, responses.c.prompt)
+        columns.append(responses.c.prompt)
     rows = {row.id: row for row in connection.execute(select(*columns).where(where))}
     if request.own:
         return {id: row for id, row in rows.items() if row.user_id == vote.user or id == request.token_of}

@@ -53,7 +53,8 @@ def redacted_shown(shown: Shown, redact: Redact | None) -> Shown:
     prompt, text = _redacted(shown.prompt, redact), _redacted(shown.text, redact)
     if (prompt, text) == (shown.prompt, shown.text):
         return shown
-    return replace(shown, prompt=prompt, text=text, **dict.fromkeys(TOKEN_FIELDS, ()))
+    without: dict[str, Any] = dict.fromkeys(TOKEN_FIELDS, ())
+    return replace(shown, prompt=prompt, text=text, **without)
 
 
 def redacted_vote(vote: Vote, redact: Redact | None) -> Vote:
