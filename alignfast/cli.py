@@ -27,6 +27,8 @@ COMMANDS = {
     "eval": ("evaluate", "preference accuracy, reward accuracy or perplexity of a model on a file"),
     "generate": ("generate", "complete prompts"),
     "merge": ("merge", "add LoRA adapters into the weights of their model"),
+    "feedback": ("feedback", "votes of people: export, import, stats, expire, delete-user"),
+    "keys": ("keys", "API keys of the server: make, list, revoke"),
     "report": ("report", "one HTML page of a run"),
     "doctor": ("doctor", "health of the installation, or of a run"),
 }

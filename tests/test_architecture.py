@@ -27,6 +27,7 @@ FLOORS = {
     "alignfast.trainers": 4,
     "alignfast.evaluation": 4,
     "alignfast.compat": 4,
+    "alignfast.online": 5,
     "alignfast": 6,
 }
 MAX_FILE, MAX_FUNCTION = 400, 80

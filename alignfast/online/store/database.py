@@ -1,0 +1,237 @@
+"""A database to write to so that what is acknowledged stays: connections, schema, and one thread that writes.
+
+    caller 1 --.                       begin
+    caller 2 ---+-> queue -> batch ->  savepoint: caller 1's statements     -> commit -> every caller of the batch
+    caller 3 --'                       savepoint: caller 2's statements ...              is answered
+
+A commit to disk takes milliseconds, whatever is in it: while one is under way the next batch gathers, and nobody waits
+for more to come. Writers of several processes take turns: SQLite by BEGIN IMMEDIATE, PostgreSQL by an advisory lock, so
+that what a transaction reads stays true until its commit, on both.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+Result = TypeVar("Result")
+
+_VERSION_TABLE = "schema_version"
+_MAX_BATCH = 256  # callers of one commit
+_PATIENCE_SECONDS = 30  # for another process's write to end
+_LOCK = 0x616C69676E  # "align": the advisory lock's number, one a database
+_STOP = None
+
+
+class StoreError(RuntimeError):
+    """The database can't be used; the message says why, and what to do."""
+
+
+def connect(url: str, create: bool = True) -> Engine:
+    """An engine whose commits are on disk when they return, with the schema of this version of alignfast.
+
+    Args:
+        url: `sqlite:///feedback.db`, or `postgresql://user@host/database`.
+        create: make SQLite's file where there is none.
+
+    Raises:
+        StoreError: the address can't be used, the database can't be reached, or its schema is of a later alignfast.
+    """
+    engine = create_engine(_checked(url, create), pool_pre_ping=True)
+    if engine.dialect.name == "sqlite":
+        _prepare_sqlite(engine)
+    else:
+        _prepare_postgresql(engine)
+    try:
+        migrate(engine)
+    except StoreError:
+        engine.dispose()
+        raise
+    except Exception as error:
+        engine.dispose()
+        raise StoreError(f"{engine.url.render_as_string()} can't be opened: {error}") from error
+    return engine
+
+
+def _checked(url: str, create: bool) -> URL:
+    try:
+        found = make_url(url)
+    except ArgumentError as error:
+        raise StoreError(
+            f"expected an address such as sqlite:///feedback.db or postgresql://user@host/database, got {url!r}"
+        ) from error
+    if found.drivername in ("postgres", "postgresql"):
+        found = found.set(drivername="postgresql+psycopg")
+    if found.drivername == "postgresql+psycopg":
+        try:
+            import psycopg  # noqa: F401 - looked for, to say how to get it
+        except ImportError as error:
+            raise StoreError(
+                f"PostgreSQL needs psycopg ({error}): pip install 'alignfast[postgres]'"
+            ) from error
+        return found
+    if found.drivername not in ("sqlite", "sqlite+pysqlite"):
+        raise StoreError(f"{found.drivername} is not supported; use sqlite:/// or postgresql://")
+    if found.database in (None, "", ":memory:"):
+        raise StoreError(f"{url!r} would keep votes in memory alone; give a file: sqlite:///feedback.db")
+    file = Path(str(found.database)).resolve()
+    if not file.parent.is_dir() or not (create or file.is_file()):
+        raise StoreError(f"{url!r}: there is no {'file ' if file.parent.is_dir() else 'folder for '}{file}")
+    return found
+
+
+def _prepare_sqlite(engine: Engine) -> None:
+    @event.listens_for(engine, "connect")
+    def set_up(connection: Any, record: Any) -> None:
+        connection.isolation_level = None  # the driver would begin by itself, and only before some statements
+        (mode,) = connection.execute("PRAGMA journal_mode=WAL").fetchone()
+        if mode != "wal":
+            raise StoreError(f"SQLite can't keep a write-ahead log here (it says {mode!r}); use a local disk")
+        connection.execute(
+            "PRAGMA synchronous=FULL"
+        )  # NORMAL may lose acknowledged votes when the power fails
+        connection.execute("PRAGMA foreign_keys=ON")
+        connection.execute(f"PRAGMA busy_timeout={_PATIENCE_SECONDS * 1000}")
+        connection.execute("PRAGMA secure_delete=ON")  # what is deleted leaves the file, not the index alone
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        writes = connection.get_execution_options().get("writes", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _prepare_postgresql(engine: Engine) -> None:
+    @event.listens_for(engine, "connect")
+    def set_up(connection: Any, record: Any) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute("SET synchronous_commit TO on")  # a server may have it off
+            cursor.execute(f"SET lock_timeout TO {_PATIENCE_SECONDS * 1000}")
+        connection.commit()
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        if connection.get_execution_options().get("writes", False):
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
+
+
+@contextmanager
+def writing(engine: Engine) -> Iterator[Connection]:
+    """A transaction that no other process writes beside."""
+    with engine.connect().execution_options(writes=True) as connection, connection.begin():
+        yield connection
+
+
+def forget(engine: Engine) -> None:
+    """Take what was deleted out of SQLite's log too; PostgreSQL's autovacuum sees to it by itself."""
+    if engine.dialect.name == "sqlite":
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").close()
+
+
+def migrate(engine: Engine) -> None:
+    """Bring the schema to that of this version of alignfast, in one transaction.
+
+    Raises:
+        StoreError: it is of a later version.
+    """
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    with writing(engine) as connection:
+        context = MigrationContext.configure(connection, opts={"version_table": _VERSION_TABLE})
+        found = context.get_current_revision()
+        if found is not None and found not in known:
+            raise StoreError(
+                f"{engine.url.render_as_string()} has the schema {found} of a later alignfast, this one knows "
+                f"{', '.join(sorted(known))}: upgrade alignfast"
+            )
+        config.attributes.update(connection=connection, version_table=_VERSION_TABLE)
+        command.upgrade(config, "head")
+
+
+class Writer:
+    """The one thread of this process that writes to a database.
+
+    Args:
+        engine: of `connect`.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._pid = engine, os.getpid()
+        self._queue: queue.SimpleQueue[tuple[Callable[[Connection], Any], Future[Any]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._closed = False
+        self._lock = threading.Lock()  # between a call and the end
+        self._thread = threading.Thread(target=self._run, name="alignfast-store", daemon=True)
+        self._thread.start()
+
+    def write(self, work: Callable[[Connection], Result]) -> Result:
+        """What `work` returns, once all it did is on disk; nothing of it is done if it raises.
+
+        Args:
+            work: its statements, on the connection that it is given.
+
+        Raises:
+            StoreError: the store is closed, or was opened before this process was forked.
+        """
+        if os.getpid() != self._pid:
+            raise StoreError("a store does not survive a fork: open one in each process")
+        future: Future[Result] = Future()
+        with self._lock:
+            if self._closed:
+                raise StoreError("the store is closed")
+            self._queue.put((work, future))
+        return future.result()
+
+    def close(self) -> None:
+        """End after what was asked for; a second call does nothing."""
+        with self._lock:
+            closed, self._closed = self._closed, True
+        if not closed and os.getpid() == self._pid:
+            self._queue.put(_STOP)
+            self._thread.join()
+
+    def _run(self) -> None:
+        while (first := self._queue.get()) is not _STOP:
+            batch = [first]
+            while len(batch) < _MAX_BATCH and not self._queue.empty():
+                following = self._queue.get()
+                if following is _STOP:
+                    self._queue.put(_STOP)
+                    break
+                batch.append(following)
+            self._commit(batch)
+
+    def _commit(self, batch: list[tuple[Callable[[Connection], Any], Future[Any]]]) -> None:
+        """One transaction for all, in which each succeeds or fails by itself."""
+        done: list[tuple[Future[Any], Any]] = []
+        failed: list[tuple[Future[Any], BaseException]] = []
+        try:
+            with writing(self._engine) as connection:
+                for work, future in batch:
+                    try:
+                        with connection.begin_nested():
+                            done.append((future, work(connection)))
+                    except Exception as error:
+                        failed.append((future, error))
+        except BaseException as error:  # no commit: nobody is told that it was one
+            done, failed = [], [(future, error) for _, future in batch]
+        for future, result in done:
+            future.set_result(result)
+        for future, problem in failed:
+            future.set_exception(problem)

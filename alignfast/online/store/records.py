@@ -1,0 +1,353 @@
+"""Answers and votes as rows: statements on a connection, each a part of somebody's transaction."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
+
+from sqlalchemy import ColumnElement, Connection, and_, exists, func, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from alignfast.online.feedback import (
+    TIE,
+    IdempotencyConflict,
+    Judged,
+    Shown,
+    TooManyVotes,
+    UnknownResponse,
+    Vote,
+    storable,
+)
+from alignfast.online.store.tables import feedback, idempotency, responses, uses
+from alignfast.online.store.versions import line_of
+
+Item = TypeVar("Item")
+
+_CHUNK = 500  # ids in one statement; databases limit how many
+
+
+def chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """The items in lists that one statement takes."""
+    found = list(items)
+    return (found[at : at + _CHUNK] for at in range(0, len(found), _CHUNK))
+
+
+def insert_shown(connection: Connection, shown: Sequence[Shown]) -> None:
+    """Keep answers.
+
+    Raises:
+        ValueError: one with that id is kept already.
+    """
+    rows = [_shown_row(one) for one in shown]
+    try:
+        with connection.begin_nested():
+            connection.execute(insert(responses), rows)
+    except IntegrityError as error:
+        names = ", ".join(one.id for one in shown[:5])
+        raise ValueError(f"a response with one of these ids is stored already: {names}") from error
+
+
+def _shown_row(shown: Shown) -> dict[str, Any]:
+    return {
+        "id": shown.id,
+        "created": shown.created,
+        "episode_id": shown.episode_id,
+        "turn": shown.turn,
+        "group_id": shown.group_id,
+        "user_id": shown.user,
+        "prompt": storable(shown.prompt),
+        "text": storable(shown.text),
+        "text_hash": shown.text_hash,
+        "prompt_ids": shown.prompt_ids,
+        "completion_ids": shown.completion_ids,
+        "logps": shown.logps,
+        "sampled_logps": shown.sampled_logps,
+        "finish_reason": shown.finish_reason,
+        "sampling": storable(shown.sampling),
+        "policy_version": shown.policy_version,
+        "weights_hash": shown.weights_hash,
+        "token_hash": shown.token_hash,
+    }
+
+
+def to_shown(row: Any) -> Shown:
+    """The answer in a row of `responses`."""
+    fields = dict(row._mapping)
+    del fields["text_hash"]
+    return Shown(user=fields.pop("user_id"), **fields)
+
+
+def to_vote(row: Any) -> Vote:
+    """The vote in a row of `feedback`."""
+    return Vote(
+        kind=row.kind,
+        value=row.value,
+        response_id=row.response_id,
+        episode_id=row.episode_id,
+        among=row.among,
+        comment=row.comment,
+        user=row.user_id,
+        id=row.id,
+        created=row.created,
+    )
+
+
+def find_shown(connection: Connection, where: ColumnElement[bool]) -> list[Shown]:
+    """Answers in the order in which they were shown."""
+    statement = select(responses).where(where).order_by(responses.c.turn, responses.c.created, responses.c.id)
+    return [to_shown(row) for row in connection.execute(statement)]
+
+
+@dataclass(frozen=True)
+class Request:
+    """How a vote came.
+
+    Attributes:
+        said: `body_hash` of what the user sent.
+        caller: whose idempotency keys count.
+        key: by which a request that is sent again is known; None for none.
+        own: refuse answers that were shown to somebody else.
+        token_of: but not this one, whose token came with the vote.
+        limit: most votes of a user, and the seconds in which; None for no limit.
+    """
+
+    said: str
+    caller: str
+    key: str | None = None
+    own: bool = False
+    token_of: str | None = None
+    limit: tuple[int, float] | None = None
+
+
+class Kept(NamedTuple):
+    """What became of a vote.
+
+    Attributes:
+        vote: that is kept.
+        replayed: whether it was, before this request.
+        replaces: id of the vote that it took the place of.
+    """
+
+    vote: Vote
+    replayed: bool
+    replaces: str | None
+
+
+def insert_vote(connection: Connection, vote: Vote, request: Request) -> Kept:
+    """Keep a vote, and make it the current one of its user, target and slot.
+
+    Args:
+        connection: in a transaction that nobody writes beside.
+        vote: as it shall be kept.
+        request: how it came.
+
+    Raises:
+        UnknownResponse, IdempotencyConflict, TooManyVotes, ValueError: see `Store.add_vote`.
+    """
+    if request.key is not None:
+        earlier = _answered(connection, request.caller, request.key, request.said)
+        if earlier is not None:
+            return earlier
+    target, among = _target(connection, vote, request)
+    vote = replace(vote, among=among)
+    if request.limit is not None:
+        _check_limit(connection, vote, *request.limit)
+    mine = and_(feedback.c.user_id == vote.user, feedback.c.target == target, feedback.c.slot == vote.slot)
+    before = connection.execute(select(feedback.c.id).where(mine, feedback.c.current)).scalar()
+    if before is not None:
+        connection.execute(update(feedback).where(feedback.c.id == before).values(current=False))
+    row = {name: value for name, value in vote.body.items() if name != "user"}
+    row.update(id=vote.id, user_id=vote.user, slot=vote.slot, target=target, current=True, replaces=before)
+    try:
+        with connection.begin_nested():
+            found = connection.execute(insert(feedback).values(**row, created=vote.created))
+    except IntegrityError as error:
+        raise ValueError(f"a vote with the id {vote.id!r} is stored already") from error
+    if request.key is not None:
+        assert found.inserted_primary_key is not None
+        answered = {"caller": request.caller, "key": request.key, "body_hash": request.said}
+        connection.execute(insert(idempotency).values(**answered, feedback=found.inserted_primary_key[0]))
+    return Kept(vote, False, before)
+
+
+def body_hash(vote: Vote) -> str:
+    """The same for a vote that is sent again, whatever its id and time."""
+    return hashlib.sha256(json.dumps(vote.body, sort_keys=True).encode()).hexdigest()
+
+
+def _answered(connection: Connection, caller: str, key: str, said: str) -> Kept | None:
+    """What a request with this key was answered before.
+
+    Raises:
+        IdempotencyConflict: it was another vote.
+    """
+    statement = (
+        select(feedback, idempotency.c.body_hash)
+        .join(idempotency, idempotency.c.feedback == feedback.c.seq)
+        .where(idempotency.c.caller == caller, idempotency.c.key == key)
+    )
+    row = connection.execute(statement).one_or_none()
+    if row is None:
+        return None
+    if row.body_hash != said:
+        raise IdempotencyConflict(
+            f"the idempotency key {key!r} came before with another vote ({row.id}); a new vote needs a new key"
+        )
+    return Kept(to_vote(row), True, row.replaces)
+
+
+def _target(connection: Connection, vote: Vote, request: Request) -> tuple[str, tuple[str, ...]]:
+    """What a vote is about, as a text by which another vote on the same is known; and what it compares.
+
+    Raises:
+        UnknownResponse: it is not in the store, or not the user's to vote on: the two are not told apart.
+        ValueError: answers are compared that can't be.
+    """
+    if vote.episode_id is not None:
+        statement = select(responses.c.id).where(responses.c.episode_id == vote.episode_id)
+        if request.own:
+            statement = statement.where(responses.c.user_id == vote.user)
+        if connection.execute(statement.limit(1)).first() is None:
+            raise UnknownResponse(f"there is no conversation {vote.episode_id!r} to vote on")
+        return f"episode:{vote.episode_id}", ()
+    assert vote.response_id is not None
+    ids = {vote.response_id, *vote.among} | _named_by(vote)
+    named = _to_vote_on(connection, responses.c.id.in_(sorted(ids)), vote, request)
+    for id in sorted(ids - named.keys()):
+        raise UnknownResponse(f"there is no response {id!r} to vote on")
+    if vote.slot != "comparison":
+        return f"response:{vote.response_id}", ()
+    if vote.among:
+        prompts = {json.dumps(row.prompt, sort_keys=True) for row in named.values()}
+        if len(prompts) > 1:
+            raise ValueError(f"a {vote.kind} is of answers to one prompt; these answer {len(prompts)}")
+        target, among = "among:" + " ".join(vote.among), vote.among
+    else:
+        group_id = named[vote.response_id].group_id
+        if group_id is None:
+            raise ValueError(
+                f"response {vote.response_id!r} was shown alone; a {vote.kind} needs answers side by side, or `among`"
+            )
+        group = _to_vote_on(connection, responses.c.group_id == group_id, vote, request)
+        target, among = f"group:{group_id}", tuple(sorted(group))
+    _check_comparison(vote, among)
+    return target, among
+
+
+def _to_vote_on(
+    connection: Connection, where: ColumnElement[bool], vote: Vote, request: Request
+) -> dict[str, Any]:
+    """Rows of answers by id, less those that are not the user's where they must be."""
+    columns = [responses.c.id, responses.c.group_id, responses.c.user_id]
+    if vote.among:
+        columns.append(responses.c.prompt)
+    rows = {row.id: row for row in connection.execute(select(*columns).where(where))}
+    if request.own:
+        return {id: row for id, row in rows.items() if row.user_id == vote.user or id == request.token_of}
+    return rows
+
+
+def _named_by(vote: Vote) -> set[str]:
+    if vote.kind == "pair":
+        return {vote.value} - {TIE}
+    return {id for place in vote.value for id in place} if vote.kind == "ranking" else set()
+
+
+def _check_comparison(vote: Vote, among: tuple[str, ...]) -> None:
+    shown = ", ".join(among)
+    if vote.kind == "pair" and len(among) != 2:
+        raise ValueError(f"a pair is of two answers, and these are {len(among)} ({shown}): rank them")
+    if stray := {vote.response_id, *_named_by(vote)} - {*among}:
+        raise ValueError(
+            f"{', '.join(sorted(map(str, stray)))} is not among what was compared; this {vote.kind} is of {shown}"
+        )
+
+
+def _check_limit(connection: Connection, vote: Vote, most: int, seconds: float) -> None:
+    statement = (
+        select(feedback.c.created)
+        .where(feedback.c.user_id == vote.user)
+        .order_by(feedback.c.created.desc())
+        .offset(most - 1)
+        .limit(1)
+    )
+    oldest = connection.execute(statement).scalar()
+    if oldest is not None and oldest > vote.created - seconds:
+        wait = oldest + seconds - vote.created
+        raise TooManyVotes(
+            f"{vote.user!r} has given {most} votes in {seconds:g} seconds, the most that are taken; "
+            f"the next one in {wait:.0f} seconds",
+            wait,
+        )
+
+
+def matching(
+    kinds: Sequence[str] | None,
+    since: float | None,
+    until: float | None,
+    users: Sequence[str] | None,
+    current: bool,
+) -> ColumnElement[bool]:
+    """The condition on rows of `feedback` that several questions share."""
+    wanted = [feedback.c.seq > 0]
+    if kinds is not None:
+        wanted.append(feedback.c.kind.in_(kinds))
+    if since is not None:
+        wanted.append(feedback.c.created >= since)
+    if until is not None:
+        wanted.append(feedback.c.created < until)
+    if users is not None:
+        wanted.append(feedback.c.user_id.in_(users))
+    if current:
+        wanted.append(feedback.c.current)
+    return and_(*wanted)
+
+
+def join_answers(connection: Connection, votes: Sequence[Vote]) -> list[Judged]:
+    """Votes with what they are about; those whose answers are gone are left out."""
+    ids = {id for vote in votes for id in (vote.response_id, *vote.among) if id is not None}
+    named = {one.id: one for some in chunks(ids) for one in find_shown(connection, responses.c.id.in_(some))}
+    episodes: dict[str, list[Shown]] = defaultdict(list)
+    for some in chunks({vote.episode_id for vote in votes if vote.episode_id is not None}):
+        for shown in find_shown(connection, responses.c.episode_id.in_(some)):
+            episodes[shown.episode_id or ""].append(shown)
+    judged = []
+    for vote in votes:
+        if vote.episode_id is not None:
+            answers = episodes[vote.episode_id]
+        else:
+            wanted = vote.among or (vote.response_id,)
+            answers = [named[id] for id in wanted if id in named]
+            answers = answers if len(answers) == len(wanted) else []
+        if answers:
+            judged.append(Judged(vote, tuple(answers)))
+    return judged
+
+
+def counted(connection: Connection, where: ColumnElement[bool]) -> int:
+    """How many rows of `feedback` fulfil a condition."""
+    return connection.execute(select(func.count()).select_from(feedback).where(where)).scalar_one()
+
+
+def unused_by(connection: Connection, version: str, fresh: bool) -> ColumnElement[bool]:
+    """The condition that a version has not used a vote; with `fresh`, nor any that it comes from.
+
+    Raises:
+        ValueError: there is no such version.
+    """
+    line = line_of(connection, version)
+    used = uses.c.version.in_(line if fresh else line[:1])
+    return ~exists().where(used, uses.c.feedback == feedback.c.seq)
+
+
+def present(connection: Connection, column: ColumnElement[Any], values: Iterable[Any]) -> set[Any]:
+    """Those of the values that a column holds."""
+    return {
+        found
+        for some in chunks(values)
+        for found in connection.execute(select(column).where(column.in_(some))).scalars()
+    }
