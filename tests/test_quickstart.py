@@ -9,15 +9,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignfast.cli import main
 from alignfast.data import load_rows
+from alignfast.data.intervals import Interval
+from alignfast.models import load_policy
 from alignfast.quickstart import grammar, words
 from alignfast.quickstart.grammar import Topic
 from alignfast.quickstart.judges import FLIPPED, second_judge, simulated_user, vote
+from alignfast.quickstart.measure import Comparison, Measured, ask, measure, together
 from alignfast.quickstart.model import make_model, make_tokenizer
-from alignfast.quickstart.run import Measured, together
+from alignfast.quickstart.run import Passage, Sizes
+from alignfast.quickstart.stages import METHODS
+from alignfast.quickstart.summary import is_gain, seeds_won, verdict
+from alignfast.rewards.model import ModelReward
 
 CAFE = Topic("food", "harbour cafe", "soup")
 
@@ -107,41 +114,129 @@ def test_the_tokenizer_writes_and_reads_chats() -> None:
     assert model.config.vocab_size == len(tokenizer)
 
 
-def test_seeds_are_pooled_by_topic() -> None:
-    def measured(seed: int, after: list[float]) -> Measured:
-        topics = [f"{seed}: {i // 2}" for i in range(6)]
-        return Measured(seed, topics, [0.0] * 6, [0.0] * 6, after, (1.0, 1.0), [], 9)
+def measured(scores: list[float], kl: float = 0.0) -> Measured:
+    return Measured(scores, [kl] * len(scores), [True] * len(scores), 1.0)
 
-    before, after = together([measured(0, [1, 1, 1, 1, 0, -1]), measured(1, [1, 1, 1, 1, 1, -1])])
-    assert before.rate.estimate == 0.5
-    assert (after.wins, after.ties, after.losses) == (9, 1, 2)
-    assert after.rate.low < after.rate.estimate < after.rate.high
+
+def compared(seed: int, dpo: list[float], kl: float = 1.0) -> Comparison:
+    topics = [f"{seed}: {i // 2}" for i in range(len(dpo))]
+    base = [0.0] * len(dpo)
+    return Comparison(topics, base, {"sft": measured(base), "dpo": measured(dpo, kl)})
+
+
+def test_seeds_are_pooled_by_topic() -> None:
+    one, other = compared(0, [1, 1, 1, 1, 0, -1], kl=1.0), compared(1, [1, 1, 1, 1, 1, -1], kl=3.0)
+    both = together([one, other])
+    assert both.rate("sft").rate.estimate == 0.5
+    rate = both.rate("dpo")
+    assert (rate.wins, rate.ties, rate.losses) == (9, 1, 2)
+    assert rate.rate.low < rate.rate.estimate < rate.rate.high
+    assert both.models["dpo"].kl == 2.0
+    # the seeds' topics are different ones: their clusters are twice as many
+    assert rate.rate.low > one.rate("dpo").rate.low
+
+
+@pytest.mark.parametrize(
+    ("scores", "kl", "beats"),
+    [
+        ([1.0] * 40, 1.0, True),
+        ([1.0] * 40, 11.0, False),  # too far from the fine-tuned model
+        ([1.0, 0.0, 0.0, 0.0] * 10, 1.0, False),  # intervals overlap
+        ([-1.0] * 40, 1.0, False),
+    ],
+)
+def test_a_gain_is_intervals_apart_near_the_model(scores: list[float], kl: float, beats: bool) -> None:
+    assert compared(0, scores, kl).beats_sft("dpo") is beats
+
+
+def test_a_gain_is_one_of_ppo_and_grpo_in_every_seed() -> None:
+    def passage(seed: int, ppo: float, grpo: float) -> Passage:
+        models = {"sft": [0.0] * 40, "dpo": [-1.0] * 40, "ppo": [ppo] * 40, "grpo": [grpo] * 40}
+        comparison = Comparison(
+            list(map(str, range(40))), [0.0] * 40, {name: measured(x) for name, x in models.items()}
+        )
+        return Passage(seed, comparison, 9, Interval(0.8, 0.7, 0.9), 1.0, [])
+
+    assert is_gain([passage(0, 1.0, 1.0), passage(1, 1.0, 1.0)])
+    shown = [passage(0, 1.0, 1.0), passage(1, 1.0, 0.0)]
+    assert not is_gain(shown)
+    assert seeds_won(shown) == {"dpo": 0, "ppo": 2, "grpo": 1}
+    assert "in so many of 2 seeds: DPO 0, PPO 2, GRPO 1" in verdict(shown)
+
+
+def test_the_kl_is_that_of_the_models_own_log_probs(tmp_path: Path) -> None:
+    asked = grammar.questions(seed=0)[1][:2]
+    tokenizer = make_tokenizer([question.text for question in asked], vocab_size=300)
+    for seed in (0, 1):
+        make_model(tokenizer, seed, hidden_size=32).save_pretrained(tmp_path / str(seed))
+        tokenizer.save_pretrained(tmp_path / str(seed))
+    answers = ask(tmp_path / "0", asked, 2, seed=0)
+    itself = measure(answers, asked, load_policy(tmp_path / "0"), seconds=0.0)
+    assert itself.log_ratios == pytest.approx([0.0] * 4, abs=1e-3)  # rounding of 56 log-probs of about 6 nats
+    other = measure(answers, asked, load_policy(tmp_path / "1"), seconds=0.0)
+    of = answers[1][0]
+    logps = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / name)(torch.tensor([of.prompt_ids + of.token_ids]))
+        .logits[0, len(of.prompt_ids) - 1 : -1]
+        .log_softmax(-1)[range(len(of.token_ids)), list(of.token_ids)]
+        .sum()
+        .item()
+        for name in ("0", "1")
+    ]
+    assert other.log_ratios[2] == pytest.approx(logps[0] - logps[1], abs=1e-3)
+    assert other.kl == pytest.approx(sum(other.log_ratios) / 4)
+
+
+@pytest.mark.parametrize("sizes", [Sizes(draws=0), Sizes(completions=24)])
+def test_sizes_that_make_no_sense_are_refused(sizes: Sizes) -> None:
+    with pytest.raises(ValueError, match="completions a multiple of 16; got Sizes"):
+        sizes.check()
+
+
+SMALL = {"hidden_size": 32, "sft_rows": 64, "pairs": 32, "draws": 1, "completions": 16, "held_out": 6}
 
 
 def test_a_whole_passage_in_small(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Too small to learn anything: what is written, what is said, and that no gain is claimed."""
-    sizes = ["--hidden_size", "32", "--sft_rows", "64", "--pairs", "32", "--held_out", "6", "--samples", "2"]
-    assert main(["quickstart", "--output", str(tmp_path / "out"), "--seeds", "2", *sizes]) == 0
+    sizes = [text for name, value in SMALL.items() for text in (f"--{name}", str(value))]
+    assert main(["quickstart", "--output", str(tmp_path), "--seeds", "2", *sizes]) == 0
     said = capfd.readouterr().out
     assert said.rstrip().endswith("alignfast dpo --model YOURS --train_dataset YOURS.jsonl")
     assert "No gain is shown" in said
-    found = json.loads((tmp_path / "out" / "quickstart.json").read_text())
+
+    found = json.loads((tmp_path / "quickstart.json").read_text())
     assert found["gain"] is False
     assert [seed["seed"] for seed in found["seeds"]] == [0, 1]
-    assert found["all_seeds"]["after"]["wins"] == sum(seed["after"]["wins"] for seed in found["seeds"])
-    assert sum(found["all_seeds"]["after"][name] for name in ("wins", "ties", "losses")) == 24
+    for name in ("sft", *METHODS):
+        rates = [of[name]["win_rate"] for of in (found["all_seeds"], *(s["models"] for s in found["seeds"]))]
+        assert rates[0]["wins"] == rates[1]["wins"] + rates[2]["wins"]
+        assert sum(rates[0][count] for count in ("wins", "ties", "losses")) == 24
+        assert said.count(f" {name.upper()} ") >= 3  # a line for all seeds, and for each
+
     for seed in (0, 1):
-        folder = tmp_path / "out" / f"seed-{seed}"
-        AutoModelForCausalLM.from_pretrained(folder / "dpo")
-        assert AutoTokenizer.from_pretrained(folder / "dpo").chat_template
-        assert load_rows(folder / "pairs.jsonl").format == "preference"
+        folder = tmp_path / f"seed-{seed}"
+        for name in ("sft", *METHODS):
+            AutoModelForCausalLM.from_pretrained(folder / name)
+            assert AutoTokenizer.from_pretrained(folder / name).chat_template
+        assert ModelReward.load(folder / "reward").name == "reward"
         assert load_rows(folder / "sft.jsonl").format == "prompt_completion"
-        assert "step 4/4" in (folder / "log.txt").read_text()
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert "Win rate against the fine-tuned model" in page
-    assert (tmp_path / "out" / "quickstart.png").read_bytes().startswith(b"\x89PNG")
-    assert main(["report", str(tmp_path / "out" / "seed-0" / "dpo")]) == 0
-    assert "step 0" in (tmp_path / "out" / "seed-0" / "dpo" / "report.html").read_text()
+        # every vote is either trained on or held out
+        votes = [load_rows(folder / f"{name}.jsonl") for name in ("pairs", "pairs_held_out")]
+        assert {rows.format for rows in votes} == {"preference"}
+        assert found["seeds"][seed]["votes"] == len(votes[0].items)
+        assert len(votes[1].items) == max(1, round(0.1 * sum(len(rows.items) for rows in votes)))
+
+    page = (tmp_path / "report.html").read_text()
+    for caption in (
+        "Win rate against the fine-tuned model",
+        "Gold reward against KL",
+        "GRPO: share of groups alike",
+    ):
+        assert caption in page
+    assert (tmp_path / "quickstart.png").read_bytes().startswith(b"\x89PNG")
+    for name in METHODS:
+        assert main(["report", str(tmp_path / "seed-0" / name)]) == 0
+        assert "step 0" in (tmp_path / "seed-0" / name / "report.html").read_text()
 
 
 @pytest.mark.slow
@@ -150,5 +245,10 @@ def test_the_quickstart_shows_a_gain(tmp_path: Path) -> None:
     subprocess.run(command, check=True)
     found = json.loads((tmp_path / "quickstart.json").read_text())
     assert found["gain"]
-    assert found["all_seeds"]["after"]["rate"]["low"] > found["all_seeds"]["before"]["rate"]["high"]
+    for seed in found["seeds"]:
+        models = seed["models"]
+        for name in ("ppo", "grpo"):
+            assert models[name]["win_rate"]["rate"]["low"] > models["sft"]["win_rate"]["rate"]["high"]
+            assert models[name]["gold_reward"] > models["sft"]["gold_reward"]
+            assert 0 < models[name]["kl"] < 10
     assert len(found["seeds"]) == 3

@@ -24,27 +24,32 @@ def run(command: str, argv: Sequence[str]) -> None:
     """Train, measure, show, and say what comes next."""
     from rich.console import Console
 
+    from alignfast.quickstart.page import write_page
     from alignfast.quickstart.run import Sizes
     from alignfast.quickstart.seeds import run_seeds
     from alignfast.quickstart.summary import show
 
     options, sizes = parse_options(command, argv, QuickstartOptions, Sizes)
+    sizes.check()
     if options.seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {options.seeds}")
     folder, console, began = Path(options.output), Console(highlight=False), time.time()
     console.print(
-        "A small Llama and its tokenizer are made from text that a grammar writes, fine-tuned on it, then aligned with the "
-        f"votes of a simulated user: {options.seeds} times from scratch. Details go to {folder}/seed-*/log.txt.\n",
+        "A small Llama and its tokenizer are made from text that a grammar writes and fine-tuned on it. A simulated user votes "
+        "on its answers; a reward model learns from the votes. Then DPO (from the votes), PPO and GRPO (from the reward model) "
+        f"align it: {options.seeds} times from scratch. Details go to {folder}/seed-*/log.txt.\n",
         soft_wrap=True,
     )
-    seeds = run_seeds(options.seeds, folder, sizes, began)
+    passages = run_seeds(options.seeds, folder, sizes, began)
     console.print()
-    show(seeds, folder, sizes, time.time() - began, console)
+    seconds = time.time() - began
+    show(passages, folder, sizes, seconds, console)
+    write_page(folder / "report.html", passages, folder, seconds)
     console.print(
         f"\nreport: {folder}/report.html, figures: {folder}/quickstart.json, plot: {folder}/quickstart.png"
     )
     console.print(
-        f"talk to it: alignfast generate --model {folder}/seed-0/dpo --prompt 'How was the soup at the harbour cafe?'",
+        f"talk to it: alignfast generate --model {folder}/seed-0/grpo --prompt 'How was the soup at the harbour cafe?'",
         soft_wrap=True,
     )
     console.print("Next, with a model and pairs of your own:", style="bold")

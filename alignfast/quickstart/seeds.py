@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from alignfast.quickstart.run import Measured, Sizes, run_seed
+from alignfast.quickstart.run import Passage, Sizes, run_seed
 
 
-def run_seeds(number: int, folder: Path, sizes: Sizes, began: float) -> list[Measured]:
+def run_seeds(number: int, folder: Path, sizes: Sizes, began: float) -> list[Passage]:
     """Run seeds 0, 1, ... and print what they say, each line with the seconds since `began` (of `time.time`).
 
     Raises:
@@ -39,7 +39,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _run(seed: int, folder: Path, sizes: Sizes, began: float, threads: int) -> Measured:
+def _run(seed: int, folder: Path, sizes: Sizes, began: float, threads: int) -> Passage:
     torch.set_num_threads(threads)
     folder.mkdir(parents=True, exist_ok=True)
 
