@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from alignfast.trainers.grpo import GRPOTrainer
 
 LATE_FILE = "late.json"
+_KEPT = ("sampled_logps", "mask", "finish_reason", "text")  # of a completion, beside its tokens
 _SHOWN = {"mean": "late/weight", "cut": "late/cut", "ess": "late/ess"}
 
 
@@ -153,11 +154,18 @@ class LateRewards:
             buffer.arrive(id, _number(reward), extra)
 
     def _add(self, of: Drawn, row: int, group: int, step: int) -> None:
-        completion = asdict(of.completion)
-        kept = {name: completion[name] for name in ("sampled_logps", "mask", "finish_reason", "text")}
-        extra = {"row": row, **kept, **_rewards(of.rewards, of.disagreements)}
-        tokens = (list(completion[name]) for name in ("prompt_ids", "token_ids", "logps"))
-        self.buffer.add(LateSample(of.number, *tokens, step, None, extra, group))
+        completion = of.completion
+        kept = {name: value for name, value in asdict(completion).items() if name in _KEPT}
+        sample = LateSample(
+            id=of.number,
+            prompt_ids=list(completion.prompt_ids),
+            completion_ids=list(completion.token_ids),
+            logps=list(completion.logps),
+            step=step,
+            extra={"row": row, **kept, **_rewards(of.rewards, of.disagreements)},
+            group=group,
+        )
+        self.buffer.add(sample)
         if not of.late:
             self.buffer.arrive(of.number, _number(of.reward))
 
