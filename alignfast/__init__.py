@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from alignfast.compat.patch import patch_trl, unpatch_trl
     from alignfast.trainers.dpo import DPOConfig, DPOTrainer
     from alignfast.trainers.grpo import GRPOConfig, GRPOTrainer
     from alignfast.trainers.kto import KTOConfig, KTOTrainer
@@ -29,7 +30,9 @@ __all__ = [
     "SFTConfig",
     "SFTTrainer",
     "__version__",
+    "patch_trl",
     "ppo_step",
+    "unpatch_trl",
 ]
 
 # Loaded on first use: transformers takes seconds to import, and `alignfast.kernels` does without it.
@@ -46,7 +49,9 @@ _HOMES = {
     "RewardTrainer": "alignfast.trainers.reward",
     "SFTConfig": "alignfast.trainers.sft",
     "SFTTrainer": "alignfast.trainers.sft",
+    "patch_trl": "alignfast.compat.patch",
     "ppo_step": "alignfast.trainers.ppo_step",
+    "unpatch_trl": "alignfast.compat.patch",
 }
 
 
