@@ -26,6 +26,7 @@ FLOORS = {
     "alignfast.rewards": 3,
     "alignfast.trainers": 4,
     "alignfast.evaluation": 4,
+    "alignfast.online": 5,
     "alignfast": 6,
 }
 MAX_FILE, MAX_FUNCTION = 400, 80

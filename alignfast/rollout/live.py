@@ -40,6 +40,7 @@ class Request:
     Attributes:
         prompt_ids: its tokens.
         sampling: how they are drawn.
+        finish: what ends them.
         sequences: one a completion.
         left: completions that have not ended.
     """
@@ -59,6 +60,7 @@ class Drawn(NamedTuple):
         index: of its completion, below `sampling.n`.
         token: that was drawn; None where there was nothing to draw from.
         logp: its log-probability, as in `Completion.logps`.
+        sampled_logp: and as in `Completion.sampled_logps`.
         completion: the whole of it, where the token ended it.
         fault: why there is no token; the sequence has ended without a completion.
     """
@@ -67,6 +69,7 @@ class Drawn(NamedTuple):
     index: int
     token: int | None
     logp: float = 0.0
+    sampled_logp: float = 0.0
     completion: Completion | None = None
     fault: str | None = None
 
@@ -208,9 +211,8 @@ class LiveEngine:
         request, index = self._of[sequence]
         if lost:
             return Drawn(request, index, None, fault=no_numbers(sequence))
-        return Drawn(
-            request, index, sequence.tokens[-1], sequence.logps[-1], request.finish.completion(sequence)
-        )
+        newest = (sequence.tokens[-1], sequence.logps[-1], sequence.sampled_logps[-1])
+        return Drawn(request, index, *newest, completion=request.finish.completion(sequence))
 
     def _made(self, prompt_ids: Sequence[int], sampling: Sampling, numbers: Sequence[int] | None) -> Request:
         ids = tuple(prompt_ids)

@@ -1,0 +1,1 @@
+"""The online loop: a model is served, people judge its answers, and what they say is learned from."""
