@@ -78,19 +78,23 @@ class Ticket:
             TimeoutError: it took longer.
             GenerationFailed: the engine broke down, or the model gave no numbers.
         """
-        until, left = time.monotonic() + seconds, self.num_sequences
-        while left:
-            try:
-                what = await asyncio.wait_for(self._queue.get(), until - time.monotonic())
-            except asyncio.TimeoutError:
-                raise TimeoutError(f"the answer was not complete after {seconds:g} s") from None
-            if isinstance(what, Exception):
-                raise what
-            for drawn in what:
-                if drawn.fault is not None:
-                    raise GenerationFailed(drawn.fault)
-            left -= sum(drawn.completion is not None for drawn in what)
-            yield [(self.first_of[drawn.request] + drawn.index, drawn) for drawn in what]
+        # The deadline comes through the queue: before Python 3.12, asyncio.wait_for forgets that it was cancelled when a
+        # token comes at the same moment, and a client that left was then written to until its answer's end.
+        late = TimeoutError(f"the answer was not complete after {seconds:g} s")
+        deadline = self.loop.call_later(seconds, self.put, late)
+        left = self.num_sequences
+        try:
+            while left:
+                what = await self._queue.get()
+                if isinstance(what, Exception):
+                    raise what
+                for drawn in what:
+                    if drawn.fault is not None:
+                        raise GenerationFailed(drawn.fault)
+                left -= sum(drawn.completion is not None for drawn in what)
+                yield [(self.first_of[drawn.request] + drawn.index, drawn) for drawn in what]
+        finally:
+            deadline.cancel()
 
 
 class Runner:

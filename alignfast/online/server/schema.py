@@ -75,7 +75,8 @@ class Generating(Body):
         for name in [name for name in kept if name in _NEUTRAL]:
             value = kept.pop(name)
             if not any(
-                (value == neutral and type(value) is not bool) or value is neutral for neutral in _NEUTRAL[name]
+                (value == neutral and type(value) is not bool) or value is neutral
+                for neutral in _NEUTRAL[name]
             ):
                 raise ValueError(f"{name!r} is not done here: leave it out")
         return kept

@@ -44,7 +44,9 @@ def vote(live: Live, key: str | None, headers: dict[str, str] | None = None, **f
 def routes(live: Live) -> list[tuple[str, str]]:
     with live.http() as http:
         paths = http.get("/openapi.json").json()["paths"]
-    return [(method.upper(), path.replace("{name}", "tiny")) for path, known in paths.items() for method in known]
+    return [
+        (method.upper(), path.replace("{name}", "tiny")) for path, known in paths.items() for method in known
+    ]
 
 
 # --- every route ---
@@ -53,7 +55,16 @@ def routes(live: Live) -> list[tuple[str, str]]:
 def test_every_route_but_health_needs_a_key(live: Live) -> None:
     found = routes(live)
     assert len(found) == 8
-    wrong = ["", "Bearer", "Bearer wrong", f"Basic {KEY}", f"Bearer {KEY}x", "Bearer fbt-x.y", f"bearer{KEY}", "Bearer \u00e9"]
+    wrong = [
+        "",
+        "Bearer",
+        "Bearer wrong",
+        f"Basic {KEY}",
+        f"Bearer {KEY}x",
+        "Bearer fbt-x.y",
+        f"bearer{KEY}",
+        "Bearer \u00e9",
+    ]
     with live.http(None) as http:
         for method, path in [*found, ("GET", "/openapi.json"), ("GET", "/nowhere"), ("PUT", "/v1/models")]:
             for header in wrong:
@@ -117,7 +128,12 @@ def test_a_route_that_is_added_is_guarded_before_anybody_thinks_of_it() -> None:
 def test_a_vote_is_taken_and_the_last_one_counts(live: Live) -> None:
     shown = ask(live)["response_id"]
     first, second = (vote(live, KEY, response_id=shown, value=value) for value in (True, False))
-    assert first.json() | {"id": None} == {"object": "feedback", "id": None, "replaces": None, "kind": "thumb"}
+    assert first.json() | {"id": None} == {
+        "object": "feedback",
+        "id": None,
+        "replaces": None,
+        "kind": "thumb",
+    }
     assert second.json()["replaces"] == first.json()["id"]
     history = live.recorder.votes["ann", shown]
     assert [kept.vote.value for kept in history] == [True, False]
@@ -148,7 +164,9 @@ def test_each_kind_takes_its_values_alone(live: Live, kind: str, good: list[Any]
         assert answer.status_code == 200, answer.text
         assert live.recorder.votes["ann", names["SELF"]][-1].vote.value == named(value)
     for value in bad:
-        assert vote(live, KEY, response_id=names["SELF"], kind=kind, value=named(value)).status_code == 422, value
+        assert vote(live, KEY, response_id=names["SELF"], kind=kind, value=named(value)).status_code == 422, (
+            value
+        )
 
 
 def test_a_conversation_can_be_voted_on_by_who_had_it(live: Live) -> None:
@@ -172,11 +190,14 @@ def test_the_user_is_never_taken_from_the_body(live: Live) -> None:
 
 def test_foreign_and_guessed_responses_can_not_be_voted_on(live: Live) -> None:
     shown, own = ask(live)["response_id"], ask(live, OTHER_KEY)["response_id"]
-    foreign, guessed = vote(live, OTHER_KEY, response_id=shown), vote(live, OTHER_KEY, response_id="chatcmpl-1")
+    foreign, guessed = (
+        vote(live, OTHER_KEY, response_id=shown),
+        vote(live, OTHER_KEY, response_id="chatcmpl-1"),
+    )
     assert foreign.status_code == guessed.status_code == 404
-    assert foreign.json()["error"]["message"].replace(shown, "") == guessed.json()["error"]["message"].replace(
-        "chatcmpl-1", ""
-    )  # the two are not told apart
+    assert foreign.json()["error"]["message"].replace(shown, "") == guessed.json()["error"][
+        "message"
+    ].replace("chatcmpl-1", "")  # the two are not told apart
     pair = vote(live, OTHER_KEY, response_id=own, kind="pair", value={"than": shown, "verdict": "better"})
     assert pair.status_code == 404
     assert ("bob", own) not in live.recorder.votes
@@ -195,7 +216,9 @@ def test_a_token_allows_votes_on_its_response_and_nothing_else(live: Live) -> No
     forged = token.replace(shown["response_id"], other["response_id"])
     assert vote(live, forged, response_id=other["response_id"]).status_code == 401
     with live.http(token) as http:
-        assert {http.request(m, p, json=CHAT).status_code for m, p in routes(live) if "feedback" not in p} == {401, 200}
+        assert {
+            http.request(m, p, json=CHAT).status_code for m, p in routes(live) if "feedback" not in p
+        } == {401, 200}
         assert http.post("/v1/chat/completions", json=CHAT).status_code == 401
 
 
@@ -243,7 +266,10 @@ def test_a_cookie_stands_for_the_user_of_the_key(live: Live) -> None:
     cookies = {COOKIE: begun.cookies[COOKIE]}
     shown = ask(live)["response_id"]
     with live.http(None, cookies=cookies) as http:
-        assert http.post("/v1/feedback", json={"response_id": shown, "kind": "thumb", "value": True}).status_code == 200
+        assert (
+            http.post("/v1/feedback", json={"response_id": shown, "kind": "thumb", "value": True}).status_code
+            == 200
+        )
         assert http.post("/v1/session").status_code == 403  # or a cookie would live for ever
         assert http.get("/metrics").status_code == 403
     assert ("ann", shown) in live.recorder.votes
@@ -283,9 +309,27 @@ def test_cookies_and_tokens_are_good_for_what_they_were_made_for() -> None:
     assert signer.user_of(cookie) == "ann"
     assert signer.user_of(signer.cookie("ann", -1)) is None
     body, _, mac = cookie.rpartition(".")
-    for wrong in (other.cookie("ann", 60), body, f"{body}.", f"{body}x.{mac}", cookie[:-1], "", ".", "\u00e9.\u00e9", token):
+    for wrong in (
+        other.cookie("ann", 60),
+        body,
+        f"{body}.",
+        f"{body}x.{mac}",
+        cookie[:-1],
+        "",
+        ".",
+        "\u00e9.\u00e9",
+        token,
+    ):
         assert signer.user_of(wrong) is None
-    for wrong in (other.token("cmpl-1"), token[:-1], "fbt-", "fbt-cmpl-1", "fbt-cmpl-1.", cookie, f"fbt-{cookie}"):
+    for wrong in (
+        other.token("cmpl-1"),
+        token[:-1],
+        "fbt-",
+        "fbt-cmpl-1",
+        "fbt-cmpl-1.",
+        cookie,
+        f"fbt-{cookie}",
+    ):
         assert signer.response_of(wrong) is None
 
 

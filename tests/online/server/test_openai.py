@@ -136,7 +136,11 @@ def test_each_answer_names_its_id_its_version_and_its_weights(live: Live) -> Non
         whole = http.post("/v1/chat/completions", json=asked)
         told = whole.json()["alignfast"]
         assert (told["version"], told["weights"]) == FIRST
-        assert told["answers"][0]["response_id"] == whole.json()["id"] == whole.headers["x-alignfast-response-id"]
+        assert (
+            told["answers"][0]["response_id"]
+            == whole.json()["id"]
+            == whole.headers["x-alignfast-response-id"]
+        )
         assert whole.json()["system_fingerprint"] == "v1-111111111111"
         assert (whole.headers["x-alignfast-version"], whole.headers["x-alignfast-weights"]) == FIRST
         stream = http.post("/v1/chat/completions", json={**asked, "stream": True})
@@ -174,7 +178,9 @@ def test_messages_in_parts_and_a_developer(live: Live) -> None:
     parts = [{"type": "text", "text": "the cat"}, {"type": "text", "text": " sat"}]
     ask = live.openai().chat.completions.create
     by_parts = ask(model="tiny", messages=[{"role": "user", "content": parts}], temperature=0, max_tokens=5)
-    by_text = ask(model="tiny", messages=[{"role": "developer", "content": "the cat sat"}], temperature=0, max_tokens=5)
+    by_text = ask(
+        model="tiny", messages=[{"role": "developer", "content": "the cat sat"}], temperature=0, max_tokens=5
+    )
     assert by_parts.choices[0].message.content == by_text.choices[0].message.content
 
 
