@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cached_property
 from typing import Any
 
 import httpx
@@ -57,7 +57,7 @@ def make_service(
     return service
 
 
-@dataclass(frozen=True)
+@dataclass
 class Live:
     """A server that listens."""
 
@@ -74,9 +74,13 @@ class Live:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         return httpx.Client(base_url=self.url, headers=headers, timeout=30, **options)
 
-    @cache  # a client takes 0.2 s to make
-    def openai(self) -> OpenAI:
+    @cached_property  # a client takes 0.2 s to make
+    def client(self) -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=30)
+
+    def openai(self) -> OpenAI:
+        """OpenAI's own client."""
+        return self.client
 
 
 @contextmanager
