@@ -4,7 +4,7 @@ A step is one forward pass over a row of S tokens, each the newest of its sequen
 the head's logits go straight into `sample_tokens`. The model is the one that is trained: a changed weight is seen by the
 next token, and the log-probs are those that its trainer computes on the same tokens.
 
-Letters: L tokens of prompts, R prompts, S sequences, M pages of a sequence, D width, V vocabulary.
+Letters: L tokens of a prompt, N tokens of a completion, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,14 +12,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 
-import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from alignfast.kernels import PackedLayout, sample_tokens
 from alignfast.models.attention import NAME, ModelRefused, attention_set, check_layer_kinds
 from alignfast.models.four_bit import arithmetic_of
 from alignfast.models.policy import Policy
@@ -29,9 +25,10 @@ from alignfast.rollout.finish import Finish
 from alignfast.rollout.pages import Pages
 from alignfast.rollout.prompts import check_room, encode_prompt, end_tokens, evaluating, room_for
 from alignfast.rollout.sampling import Completion, Prompt, Sampling
-from alignfast.rollout.scheduler import PromptState, Running, Scheduler, Started, pages_needed
+from alignfast.rollout.scheduler import PromptState, Running, Scheduler, pages_needed
+from alignfast.rollout.step import Step, no_numbers
 
-_PAGE = 16
+PAGE = 16
 _WAY_OUT = "use engine='transformers'"
 
 
@@ -109,7 +106,7 @@ class NativeEngine:
         base, device = self.policy.base, next(self.policy.parameters()).device
         check_layer_kinds(base)
         length = min(
-            _PAGE + 3, (self.policy.positions or _PAGE + 6) - 3
+            PAGE + 3, (self.policy.positions or PAGE + 6) - 3
         )  # into a second page where there is room
         prompt = tuple((7 * i * i + 3 * i + 2) % self.policy.vocabulary for i in range(length))
         try:
@@ -150,11 +147,11 @@ class NativeEngine:
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, ids in enumerate(encoded):
             groups.setdefault(ids, []).extend(range(i * n, (i + 1) * n))
-        sequences = []
+        sequences: list[Running] = []
         for ids, members in groups.items():
             prompt = PromptState(ids, left=len(members))
             limit = room_for(ids, sampling.max_new_tokens, self.policy.positions)
-            sequences += [Running(prompt, index, numbers[index], limit) for index in members]
+            sequences += [Running(prompt, index, numbers[index], limit, sampling) for index in members]
         return sequences
 
     @contextmanager
@@ -171,15 +168,17 @@ class NativeEngine:
         finish = Finish(self.tokenizer, frozenset(stops), sampling.stop)
         pages = Pages(cache.num_pages, cache.size)
         scheduler = Scheduler(sequences, pages, self.max_sequences, self.max_prefill_tokens)
-        step = _Step(self.policy, cache, sampling)
+        step = Step(self.policy, cache)
         while not scheduler.done:
             started, began = scheduler.admit(), time.perf_counter()
             drawn = started.sequences
             if drawn:
-                step.prefill(started)
+                lost = step.prefill(started)
             else:
                 drawn = scheduler.running
-                step.decode(drawn)
+                lost = step.decode(drawn)
+            if lost:
+                raise RuntimeError(no_numbers(lost.pop()))
             # a step ends by reading its tokens, so that a GPU is not ahead of the clock
             self.seconds["prefill" if started.sequences else "decode"] += time.perf_counter() - began
             ended = {}
@@ -192,104 +191,14 @@ class NativeEngine:
 
     def _cache_for(self, sequences: list[Running]) -> PagedCache:
         """A cache that is large enough, kept for the next call."""
-        wanted, least = pages_needed(sequences, _PAGE, self.max_sequences)
+        wanted, least = pages_needed(sequences, PAGE, self.max_sequences)
         if self.cache_tokens is not None:
-            wanted = min(wanted, self.cache_tokens // _PAGE)
+            wanted = min(wanted, self.cache_tokens // PAGE)
             if wanted < least:
                 raise ValueError(
                     f"cache_tokens={self.cache_tokens} is too few: the longest prompt with its completion may need "
-                    f"{least * _PAGE}"
+                    f"{least * PAGE}"
                 )
         if self._cache is None or self._cache.num_pages < wanted:
-            self._cache = PagedCache(wanted, _PAGE, backend=self.policy.backend)
+            self._cache = PagedCache(wanted, PAGE, backend=self.policy.backend)
         return self._cache
-
-
-class _Step:
-    """Forward passes of one call, and what is drawn from them."""
-
-    def __init__(self, policy: Policy, cache: PagedCache, sampling: Sampling) -> None:
-        self.policy, self.cache, self.sampling = policy, cache, sampling
-        self.device = next(policy.parameters()).device
-        self._prompt: PromptState | None = (
-            None  # the one whose sequences have not all started, and its last row
-        )
-        self._hidden_1D = torch.empty(0)
-
-    def prefill(self, started: Started) -> None:
-        """Compute new prompts, and draw the first token of each new sequence."""
-        row_of: dict[PromptState, int] = {}
-        hidden_RD = self._hidden_1D
-        if self._prompt is not None:
-            row_of[self._prompt] = 0
-        if started.prompts:
-            new_RD = self._prompts(started.prompts)
-            first = len(row_of)
-            hidden_RD = torch.cat((self._hidden_1D, new_RD)) if first else new_RD
-            row_of |= {prompt: first + i for i, prompt in enumerate(started.prompts)}
-        sequences = started.sequences
-        rows_S = torch.tensor([row_of[sequence.prompt] for sequence in sequences], device=self.device)
-        if started.copies:
-            self.cache.copy_pages(*zip(*started.copies))
-        self._draw(hidden_RD, sequences, rows_S)
-        last = sequences[-1].prompt
-        self._prompt = last if last.left else None
-        if last.left:
-            row = row_of[last]
-            self._hidden_1D = hidden_RD[row : row + 1].clone()
-
-    def _prompts(self, prompts: list[PromptState]) -> Tensor:
-        """Hidden state of each prompt's last token; their keys and values are stored."""
-        layout = PackedLayout.of_sequences(len(prompt.ids) for prompt in prompts)
-        ids_L = torch.tensor([*chain.from_iterable(prompt.ids for prompt in prompts)], device=self.device)
-        rows = [_rows(prompt.pages, np.arange(len(prompt.ids)), self.cache.size) for prompt in prompts]
-        self.cache.begin_prefill(self._there(np.concatenate(rows)))
-        position_L = layout.positions().to(self.device)
-        hidden_LD = self.policy.next_hidden(ids_L, position_L, self.cache, layout)
-        last_R = torch.tensor([len(prompt.ids) for prompt in prompts], device=self.device).cumsum(0) - 1
-        return hidden_LD[last_R]
-
-    def decode(self, sequences: list[Running]) -> None:
-        """Draw the next token of each sequence."""
-        size = self.cache.size
-        newest_S = np.array([sequence.length - 1 for sequence in sequences], np.int64)
-        pages_SM = np.zeros((len(sequences), max(len(s.pages) for s in sequences)), np.int32)
-        for row, sequence in zip(pages_SM, sequences):
-            row[: len(sequence.pages)] = sequence.pages
-        page_S = np.take_along_axis(pages_SM, newest_S[:, None] // size, 1)[:, 0].astype(np.int64)
-        ids_S = np.array([sequence.tokens[-1] for sequence in sequences], np.int64)
-        length_S = (newest_S + 1).astype(np.int32)
-        self.cache.begin_step(
-            *(self._there(x) for x in (page_S * size + newest_S % size, pages_SM, length_S))
-        )
-        hidden_SD = self.policy.next_hidden(self._there(ids_S), self._there(newest_S), self.cache)
-        self._draw(hidden_SD, sequences)
-
-    def _there(self, x: np.ndarray) -> Tensor:
-        return torch.from_numpy(x).to(self.device)
-
-    def _draw(self, hidden_RD: Tensor, sequences: list[Running], rows_S: Tensor | None = None) -> None:
-        """Draw a token of each sequence, from its own row or from the rows named."""
-        sampling = self.sampling
-        numbers = ([s.number for s in sequences], [len(s.tokens) for s in sequences])
-        sequence_S, position_S = (torch.tensor(x, device=self.device) for x in numbers)
-        with self.policy.next_logits(hidden_RD) as logits_RV:
-            tokens_S, logps_S, sampled_logps_S = sample_tokens(
-                logits_RV if rows_S is None else logits_RV[rows_S],
-                temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p,
-                seed=sampling.seed, sequence_B=sequence_S, position_B=position_S, backend=self.policy.backend,
-            )  # fmt: skip
-        drawn = zip(sequences, tokens_S.tolist(), logps_S.tolist(), sampled_logps_S.tolist())
-        for sequence, token, logp, sampled_logp in drawn:
-            if token < 0:
-                raise RuntimeError(
-                    f"the model's logits after {sequence.length} tokens are no numbers: there is nothing to draw from"
-                )
-            sequence.tokens.append(token)
-            sequence.logps.append(logp)
-            sequence.sampled_logps.append(sampled_logp)
-
-
-def _rows(pages: Sequence[int], positions: np.ndarray, size: int) -> np.ndarray:
-    """Rows of the cache at which tokens of a sequence lie."""
-    return np.asarray(pages, np.int64)[positions // size] * size + positions % size

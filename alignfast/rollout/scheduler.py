@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from alignfast.rollout.pages import Pages
+from alignfast.rollout.sampling import Sampling
 
 
 @dataclass(eq=False)
@@ -38,6 +39,7 @@ class Running:
         index: of its completion among all that were asked for.
         number: what its random numbers are keyed by.
         limit: tokens that it may draw.
+        sampling: how they are drawn.
         pages: where its keys lie, room for all that it may draw included.
     """
 
@@ -45,6 +47,7 @@ class Running:
     index: int
     number: int
     limit: int
+    sampling: Sampling = field(default_factory=Sampling)
     pages: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
@@ -72,10 +75,10 @@ class Started:
 
 
 class Scheduler:
-    """The waiting and the running sequences of one call.
+    """The waiting and the running sequences of one engine.
 
     Args:
-        waiting: all sequences, those of one prompt next to each other.
+        waiting: the first sequences, those of one prompt next to each other.
         pages: of the cache.
         max_sequences: that run at once.
         max_prefill_tokens: of prompts computed in one forward pass, one prompt at least.
@@ -92,6 +95,10 @@ class Scheduler:
     def done(self) -> bool:
         """Whether nothing runs or waits."""
         return not self.waiting and not self.running
+
+    def add(self, sequences: Iterable[Running]) -> None:
+        """More sequences at the end of the queue, those of one prompt next to each other."""
+        self.waiting.extend(sequences)
 
     def admit(self) -> Started:
         """Start what can be started now.
@@ -154,6 +161,18 @@ class Scheduler:
             self.running = [sequence for sequence in self.running if sequence not in finished]
             for sequence in finished:
                 self.pages.give_back(sequence.pages)
+
+    def drop(self, sequences: set[Running]) -> None:
+        """Take sequences out, running or waiting; what they alone held is free."""
+        self.finish({sequence for sequence in self.running if sequence in sequences})
+        for sequence in [sequence for sequence in self.waiting if sequence in sequences]:
+            self.waiting.remove(sequence)
+            prompt = sequence.prompt
+            prompt.left -= 1
+            if not prompt.left:
+                self.pages.give_back(
+                    prompt.pages
+                )  # computed for others that have started; none takes it over
 
 
 def pages_needed(sequences: Iterable[Running], size: int, max_sequences: int) -> tuple[int, int]:

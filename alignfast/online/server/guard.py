@@ -1,0 +1,212 @@
+"""Who asks, before any route runs: a key, a signed cookie, or a token that allows votes on one response.
+
+    token  = "fbt-" + response_id + "." + HMAC(secret, "vote" | response_id)
+    cookie = base64(JSON [user, end]) + "." + HMAC(secret, "user" | base64)
+
+Whatever is not named open here is refused without a good key, so that a new route is guarded before anybody thinks of
+it. With no key at all the server is on the loopback, and whoever reaches it owns the machine's session; the Host header
+must then name the loopback, which keeps out pages that point a name of theirs at it.
+Not done here: TLS (a proxy's), limits on a user's rate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hmac
+import json
+import re
+import secrets
+import time
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from alignfast.online.server.errors import ApiError
+from alignfast.online.server.recorder import Caller, Recorder
+
+COOKIE, TOKEN = "alignfast_session", "fbt-"
+OPEN, VOTING = frozenset({"/health"}), "/v1/feedback"
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
+_BODY_SECONDS = 30  # for a body to arrive
+
+
+class Signer:
+    """Makes and reads tokens and cookies.
+
+    >>> signer = Signer(b"secret")
+    >>> token = signer.token("cmpl-1")
+    >>> signer.response_of(token), signer.response_of(token + "x"), signer.response_of("fbt-cmpl-2.AAAA")
+    ('cmpl-1', None, None)
+    """
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
+
+    def token(self, response_id: str) -> str:
+        """Allows votes on one response."""
+        return f"{TOKEN}{response_id}.{self._sign('vote', response_id)}"
+
+    def response_of(self, token: str) -> str | None:
+        """The response that a token is for; None if it was not made here."""
+        response_id, _, mac = token.removeprefix(TOKEN).rpartition(".")
+        return response_id if _same(mac, self._sign("vote", response_id)) else None
+
+    def cookie(self, user: str, seconds: float) -> str:
+        """Says who a browser's user is, for some time."""
+        body = _text(json.dumps([user, int(time.time() + seconds)]).encode())
+        return f"{body}.{self._sign('user', body)}"
+
+    def user_of(self, cookie: str) -> str | None:
+        """The user of a cookie; None if it was not made here or is over."""
+        body, _, mac = cookie.rpartition(".")
+        if not _same(mac, self._sign("user", body)):
+            return None
+        user, end = json.loads(base64.urlsafe_b64decode(body + "=="))
+        return str(user) if time.time() < end else None
+
+    def _sign(self, purpose: str, text: str) -> str:
+        digest = hmac.digest(self._secret, f"{purpose}|{text}".encode(errors="replace"), "sha256")
+        return _text(digest)
+
+
+def _text(raw: bytes) -> str:
+    """In base64 without its `=`, which a cookie would have to quote."""
+    return base64.urlsafe_b64encode(raw).decode().rstrip("=")
+
+
+def _same(a: str, b: str) -> bool:
+    return hmac.compare_digest(a.encode(errors="replace"), b.encode(errors="replace"))
+
+
+class Guard:
+    """ASGI middleware: puts the caller into `scope["state"]["caller"]`, or answers 401.
+
+    Args:
+        app: behind it.
+        recorder: that knows the keys.
+        signer: of cookies and tokens.
+        keyless: whether there are no keys, so that the loopback alone may ask.
+    """
+
+    def __init__(self, app: ASGIApp, recorder: Recorder, signer: Signer, keyless: bool) -> None:
+        self.app, self.recorder, self.signer, self.keyless = app, recorder, signer, keyless
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] == "lifespan" or scope.get("path") in OPEN:
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            raise RuntimeError(f"only HTTP is served, got {scope['type']!r}")
+        try:
+            scope.setdefault("state", {})["caller"] = await self._caller(scope)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    async def _caller(self, scope: Scope) -> Caller:
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        host = headers.get(b"host", "")
+        if self.keyless and re.sub(r":\d*$", "", host) not in _LOOPBACK:
+            raise ApiError(403, f"without a key the server answers to localhost alone, not to {host!r}")
+        scheme, _, key = headers.get(b"authorization", "").partition(" ")
+        if key and scheme.lower() != "bearer":
+            raise _unknown("expected 'Authorization: Bearer KEY'")
+        user = self._cookie_user(headers)
+        if key.startswith(TOKEN):
+            response_id = self.signer.response_of(key)
+            if response_id is None or scope["path"] != VOTING:
+                raise _unknown(f"the token is for votes on one response, at {VOTING}")
+            if user is not None:
+                return Caller(user, response_id=response_id, by="cookie")
+            return Caller("anonymous", anonymous=True, response_id=response_id, by="token")
+        if self.keyless:  # a key is not looked at: OpenAI's client always sends one
+            return Caller(user or "local", "admin", by="cookie" if user else "loopback")
+        if key:
+            caller = await asyncio.to_thread(self.recorder.user_of, key)
+            if caller is None:
+                raise _unknown("the key is not good")
+            return caller
+        if user is not None:
+            return Caller(user, by="cookie")
+        raise _unknown("a key is needed: 'Authorization: Bearer KEY'")
+
+    def _cookie_user(self, headers: dict[bytes, str]) -> str | None:
+        for part in headers.get(b"cookie", "").split(";"):
+            name, _, value = part.strip().partition("=")
+            if name == COOKIE:
+                return self.signer.user_of(value)
+        return None
+
+
+def _unknown(message: str) -> ApiError:
+    return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+def fresh_user() -> str:
+    """A name for a browser that no key stands behind."""
+    return f"browser-{secrets.token_hex(8)}"
+
+
+class BodyLimit:
+    """ASGI middleware: reads a body before any route does, up to a limit, and only JSON.
+
+    A page of another site can post text or forms without asking, JSON it can't.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app, self.max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            body = await asyncio.wait_for(self._read(scope, receive), _BODY_SECONDS)
+        except asyncio.TimeoutError:
+            await ApiError(408, f"the body took longer than {_BODY_SECONDS} s").response()(
+                scope, receive, send
+            )
+            return
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        if body is None:
+            return  # the client left
+        first: Message | None = {"type": "http.request", "body": body, "more_body": False}
+
+        async def replay() -> Message:
+            nonlocal first
+            message, first = first, None
+            return await receive() if message is None else message
+
+        await self.app(scope, replay, send)
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+        headers: dict[bytes, Any] = dict(scope["headers"])
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self.max_bytes:
+            raise self._too_large()
+        parts, size = [], 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > self.max_bytes:
+                raise self._too_large()
+            if not message.get("more_body", False):
+                break
+        kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+        if size and kind != b"application/json":
+            raise ApiError(415, f"expected Content-Type: application/json, got {kind.decode('latin-1')!r}")
+        return b"".join(parts)
+
+    def _too_large(self) -> ApiError:
+        return ApiError(
+            413, f"the body is larger than {self.max_bytes} bytes", headers={"Connection": "close"}
+        )

@@ -1,0 +1,224 @@
+"""What a body may hold. Obey or refuse: a field that is not here is an error, and one that OpenAI has and this server
+does not do is taken at the value that means nothing alone.
+
+Ours beside OpenAI's: `top_k`, `min_p`, `episode_id` (a conversation that can be voted on as a whole), and `store`, which
+says whether an answer is kept to be learned from (true unless said otherwise). `user` has no effect: who asks is known by
+the key or the cookie.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+
+# What an option that is not done here may be: the values at which it does nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "best_of": (None, 1), "echo": (None, False), "frequency_penalty": (None, 0), "function_call": (None, "none"),
+    "functions": (None, []), "logit_bias": (None, {}), "modalities": (None, ["text"]), "parallel_tool_calls": (None, True),
+    "presence_penalty": (None, 0), "response_format": (None, {"type": "text"}), "suffix": (None, ""),
+    "tool_choice": (None, "none"), "tools": (None, []), "top_logprobs": (None, 0),
+}  # fmt: skip
+_COLDEST = 1e-6  # of sample_tokens
+
+Id: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.:-]+$")]
+Token: TypeAlias = Annotated[int, Field(ge=0, lt=2**31)]
+StopText: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+
+
+class Body(BaseModel):
+    """Exactly the fields that are named, of exactly their types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_characters(cls, data: Any) -> Any:
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # JSON can write one, and neither tokenizers nor databases take it
+            raise ValueError("a text holds half a character (a surrogate without its other half)") from None
+        return data
+
+
+class StreamOptions(Body):
+    """Of a stream."""
+
+    include_usage: bool = False
+
+
+class Generating(Body):
+    """What both routes take."""
+
+    model: str
+    max_tokens: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, lt=2**31)
+    min_p: float | None = Field(None, ge=0, lt=1)
+    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    store: bool | None = None
+    episode_id: Id | None = None
+    user: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        kept = dict(data)
+        for name in [name for name in kept if name in _NEUTRAL]:
+            value = kept.pop(name)
+            if not any(
+                (value == neutral and type(value) is not bool) or value is neutral
+                for neutral in _NEUTRAL[name]
+            ):
+                raise ValueError(f"{name!r} is not done here: leave it out")
+        return kept
+
+    @field_validator("temperature")
+    @classmethod
+    def _warm_enough(cls, value: float | None) -> float | None:
+        if value and value < _COLDEST:
+            raise ValueError(f"temperature must be 0 or at least {_COLDEST:g}")
+        return value
+
+    @model_validator(mode="after")
+    def _options_of_a_stream(self) -> Generating:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("'stream_options' is for 'stream': true")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts that end an answer."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class TextPart(Body):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Body):
+    """A turn."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates read it: `developer` is what `system` is called since."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": text} | ({} if self.name is None else {"name": self.name})
+
+
+class ChatRequest(Generating):
+    """Of /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> ChatRequest:
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("'max_tokens' and 'max_completion_tokens' are one option: give one")
+        return self
+
+
+class CompletionRequest(Generating):
+    """Of /v1/completions."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[Token], Field(min_length=1)]
+        | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1)]
+    )
+    logprobs: int | None = None
+
+    @field_validator("logprobs")
+    @classmethod
+    def _of_drawn_tokens(cls, value: int | None) -> int | None:
+        if value:
+            raise ValueError("other tokens than the drawn ones are not told: logprobs must be 0 or left out")
+        return value
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """Each of them."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return self.prompt  # type: ignore[return-value]
+
+
+class PairValue(Body):
+    """The answer voted on against another."""
+
+    than: Id
+    verdict: Literal["better", "worse", "tie"]
+
+
+class FeedbackRequest(Body):
+    """Of /v1/feedback: a vote on one response or on one episode."""
+
+    response_id: Id | None = None
+    episode_id: Id | None = None
+    kind: Literal["thumb", "rating", "pair", "ranking", "edit", "implicit"]
+    value: bool | int | PairValue | Annotated[list[Id], Field(max_length=16)] | str
+    comment: Annotated[str, StringConstraints(max_length=4000)] | None = None
+    user: str | None = None
+
+    @model_validator(mode="after")
+    def _value_of_its_kind(self) -> FeedbackRequest:
+        if (self.response_id is None) == (self.episode_id is None):
+            raise ValueError("give 'response_id' or 'episode_id'")
+        if self.response_id is None and self.kind not in ("thumb", "rating"):
+            raise ValueError(f"an episode takes a thumb or a rating, not {self.kind!r}")
+        wrong = _WRONG[self.kind](self)
+        if wrong:
+            raise ValueError(f"the value of kind {self.kind!r} must be {wrong}")
+        return self
+
+    def plain_value(self) -> Any:
+        """The value as plain JSON."""
+        return self.value.model_dump() if isinstance(self.value, PairValue) else self.value
+
+
+def _wrong_pair(vote: FeedbackRequest) -> str:
+    fits = isinstance(vote.value, PairValue) and vote.value.than != vote.response_id
+    return "" if fits else '{"than": ID OF ANOTHER RESPONSE, "verdict": "better", "worse" or "tie"}'
+
+
+def _wrong_ranking(vote: FeedbackRequest) -> str:
+    ids = vote.value
+    fits = isinstance(ids, list) and len(set(ids)) == len(ids) >= 2 and vote.response_id in ids
+    return "" if fits else "a list of at least two ids, best first, 'response_id' among them, each once"
+
+
+def _wrong_edit(vote: FeedbackRequest) -> str:
+    return "" if isinstance(vote.value, str) and vote.value else "the text as it should have been"
+
+
+# What the value should have been, by kind; an empty text where it fits.
+_WRONG = {
+    "thumb": lambda vote: "" if isinstance(vote.value, bool) else "true or false",
+    "rating": lambda vote: "" if type(vote.value) is int and 1 <= vote.value <= 5 else "1, 2, 3, 4 or 5",
+    "pair": _wrong_pair,
+    "ranking": _wrong_ranking,
+    "edit": _wrong_edit,
+    "implicit": lambda vote: (
+        "" if vote.value in ("regenerate", "copy", "stop") else "'regenerate', 'copy' or 'stop'"
+    ),
+}

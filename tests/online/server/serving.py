@@ -1,0 +1,104 @@
+"""A server on a free port of this process, with a model of a few thousand parameters."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import httpx
+import torch
+import uvicorn
+from openai import OpenAI
+from trainers.tiny import make_llama, make_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from alignfast.models.policy import Policy
+from alignfast.online.server.app import make_app
+from alignfast.online.server.recorder import Caller, MemoryRecorder
+from alignfast.online.server.service import Limits, Service
+from alignfast.online.server.versions import Version
+
+KEY, OTHER_KEY, ADMIN_KEY = "key-of-ann-0123456789", "key-of-bob-0123456789", "key-of-operator-0123456789"
+KEYS = {KEY: Caller("ann"), OTHER_KEY: Caller("bob"), ADMIN_KEY: Caller("operator", "admin")}
+TEMPLATE = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+FIRST = Version("v1", "1" * 64)
+
+
+def make_model(seed: int = 3, positions: int = 64) -> Any:
+    """Weights so large that every prompt token bears on the answer."""
+    return make_llama(seed, initializer_range=0.5, max_position_embeddings=positions).eval()
+
+
+def make_chat_tokenizer(endless: bool = False) -> PreTrainedTokenizerFast:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    if endless:
+        tokenizer.eos_token = None
+    return tokenizer
+
+
+def make_service(
+    *, keys: dict[str, Caller] | None = KEYS, endless: bool = False, model: Any = None, **limits: Any
+) -> Service:
+    """Its first version open. An endless one writes until it is told to stop."""
+    torch.set_num_threads(1)
+    model = model or make_model(positions=100_000 if endless else 64)
+    if endless:
+        model.generation_config.eos_token_id = None
+    defaults = Limits(cache_tokens=4096, max_tokens=2000 if endless else 48, request_seconds=60)
+    service = Service("tiny", MemoryRecorder(keys), replace(defaults, **limits))
+    service.runner.start()
+    service.open(Policy(model), make_chat_tokenizer(endless), FIRST)
+    return service
+
+
+@dataclass
+class Live:
+    """A server that listens."""
+
+    service: Service
+    url: str
+
+    @property
+    def recorder(self) -> MemoryRecorder:
+        recorder = self.service.recorder
+        assert isinstance(recorder, MemoryRecorder)
+        return recorder
+
+    def http(self, key: str | None = KEY, **options: Any) -> httpx.Client:
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=30, **options)
+
+    @cached_property  # a client takes 0.2 s to make
+    def client(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=30)
+
+    def openai(self) -> OpenAI:
+        """OpenAI's own client."""
+        return self.client
+
+
+@contextmanager
+def listening(service: Service) -> Iterator[Live]:
+    server = uvicorn.Server(uvicorn.Config(make_app(service), port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    until(lambda: server.started)
+    try:
+        yield Live(service, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}")
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def until(what: Callable[[], Any], seconds: float = 20) -> None:
+    """Wait for it."""
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.002)
