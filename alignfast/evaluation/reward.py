@@ -31,6 +31,8 @@ class RewardReport:
         mean_reward: mean over answers.
         disagreement: mean standard deviation over heads; None where there is one.
         calibration: accuracy with its interval, expected calibration error, bins.
+        rows: the number of each pair's row, from 0.
+        leads: of each pair, the better answer's reward less the worse one's: to compare models pair by pair.
     """
 
     name: str
@@ -41,6 +43,8 @@ class RewardReport:
     mean_reward: float
     disagreement: float | None
     calibration: Calibration
+    rows: list[int]
+    leads: list[float]
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
@@ -102,4 +106,6 @@ def reward_accuracy(
         mean_reward=float(rewards_SH.mean()),
         disagreement=float(rewards_SH.std(1).mean()) if rewards_SH.shape[1] > 1 else None,
         calibration=calibration(lead_N, prompts),
+        rows=[number for number, lead_Q in zip(prepared.rows, leads) for _ in lead_Q],
+        leads=lead_N.tolist(),
     )

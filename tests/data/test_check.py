@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from alignfast.data import DataError, check_file
-from alignfast.data.intervals import proportion
+from alignfast.data.intervals import paired_difference, proportion
 from alignfast.data.noise import MIN_PAIRS, Comparison, estimate_noise
 
 WORDS = [f"word{n}" for n in range(200)]
@@ -196,3 +196,27 @@ def test_intervals_at_the_ends() -> None:
     assert proportion([True] * 20, [1] * 20).low < 0.25  # one cluster is one row
     with pytest.raises(ValueError, match="at least one value"):
         proportion([])
+
+
+def test_intervals_of_a_paired_difference_cover_as_often_as_they_say() -> None:
+    """Clusters that are all alike; the bootstrap of rows as if independent covers far too seldom."""
+    random, clusters = np.random.default_rng(0), np.repeat(np.arange(60), 5).tolist()
+    covered = naive = 0
+    for _ in range(100):
+        hits, others = (np.repeat(random.random(60) < share, 5) for share in (0.7, 0.6))
+        low, high = paired_difference(hits, others, clusters, num_draws=200)[1:]
+        covered += low <= 0.1 <= high
+        low, high = paired_difference(hits, others, num_draws=200)[1:]
+        naive += low <= 0.1 <= high
+    assert 0.88 <= covered / 100 <= 0.99
+    assert naive / 100 < 0.75
+
+
+def test_a_paired_difference_is_of_the_same_rows() -> None:
+    """What is common to both drops out: equal answers differ by 0 in every draw."""
+    hits = np.random.default_rng(0).random(50) < 0.5
+    assert paired_difference(hits, hits) == (0, 0, 0)
+    assert paired_difference(hits, ~hits).estimate == pytest.approx(2 * hits.mean() - 1)
+    for values, others, clusters in ((hits, hits[1:], None), ([], [], None), (hits, hits, [1])):
+        with pytest.raises(ValueError, match=r"expected two equally long|a cluster for each"):
+            paired_difference(values, others, clusters)

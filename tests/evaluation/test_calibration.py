@@ -59,5 +59,11 @@ def test_of_a_model_on_rows(tmp_path) -> None:
     assert report.pairs == 12
     assert report.disagreement is not None
     assert "reward accuracy on" in str(report.table().title)
+    assert report.rows == list(range(12))
+    assert report.calibration == calibration(report.leads, [row["prompt"] for row in pairs])
     longer = [{"prompt": "the cat", "ranking": [" sat", " ran", " sang"]}]
-    assert reward_accuracy(model, tokenizer, load_rows(longer)).pairs == 3
+    ranked = reward_accuracy(model, tokenizer, load_rows(longer))
+    assert (ranked.pairs, ranked.rows, len(ranked.leads)) == (3, [0, 0, 0], 3)
+    long = {"prompt": "the cat", "chosen": " sat" * 99, "rejected": " ran"}
+    left = reward_accuracy(model, tokenizer, load_rows([pairs[0], long, pairs[1]]), max_length=50)
+    assert (left.dropped_rows, left.rows) == (1, [0, 2])

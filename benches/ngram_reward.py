@@ -1,0 +1,202 @@
+"""What words alone tell: an n-gram Bradley-Terry model, and how much better a reward model does on the same rows.
+
+    p(chosen beats rejected) = sigmoid(w . (f(chosen) - f(rejected)))        f: which words and pairs of words are in a text
+    w = argmin mean_n softplus(-w . x_n) + l2 / 2 |w|^2
+
+    python benches/ngram_reward.py pairs_train.jsonl pairs_eval.jsonl --against eval.json
+
+where eval.json is what `alignfast eval --model REWARD_MODEL --dataset pairs_eval.jsonl --output eval.json` wrote. Length of
+the n-grams, counts or mere presence, and l2 are those that are right most often in five-fold cross-validation by prompt on
+the training rows; then all of them are used. `--max_tokens 256 --tokenizer MODEL` trains on what a reward model of that
+max_length sees.
+
+Letters: N pairs, F features, E entries that are not 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from alignfast.data import load_rows
+from alignfast.data.intervals import numbered, paired_difference, proportion
+
+Features = Counter[tuple[str, ...]]
+Row = dict[str, Any]
+L2S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+
+
+class Settings(NamedTuple):
+    """Words of the longest n-gram, whether n-grams are counted or only noted, and the weight of |w|^2 / 2."""
+
+    longest: int
+    counted: bool
+    l2: float
+
+
+class Pairs(NamedTuple):
+    """Pairs as what the chosen answer has more of than the rejected one."""
+
+    differences: list[dict[tuple[str, ...], int]]
+
+    def columns(self) -> dict[tuple[str, ...], int]:
+        """A number for every n-gram of two pairs or more: what a single pair has can't be told from chance."""
+        seen = Counter(feature for difference in self.differences for feature in difference)
+        return {feature: i for i, feature in enumerate(f for f, n in seen.items() if n > 1)}
+
+    def matrix(self, columns: dict[tuple[str, ...], int]) -> Tensor:
+        """difference_NF, sparse."""
+        entries = [
+            (i, columns[feature], count)
+            for i, difference in enumerate(self.differences)
+            for feature, count in difference.items()
+            if feature in columns
+        ]
+        entry_E3 = torch.tensor(entries).view(-1, 3)
+        size = (len(self.differences), len(columns))
+        return torch.sparse_coo_tensor(
+            entry_E3[:, :2].T, entry_E3[:, 2].double(), size, check_invariants=False
+        ).coalesce()
+
+
+def pairs_of(rows: Sequence[Row], longest: int, counted: bool) -> Pairs:
+    """The n-grams of rows of `chosen` and `rejected`."""
+    differences = []
+    for row in rows:
+        chosen, rejected = (ngrams(row[name], longest, counted) for name in ("chosen", "rejected"))
+        chosen.subtract(rejected)
+        differences.append({feature: count for feature, count in chosen.items() if count})
+    return Pairs(differences)
+
+
+def ngrams(text: str, longest: int, counted: bool) -> Features:
+    """The n-grams of a text's words and signs, up to so long.
+
+    >>> sorted(ngrams("No, no!", longest=1, counted=True).items())
+    [(('!',), 1), ((',',), 1), (('no',), 2)]
+    """
+    words = re.findall(r"\w+|[^\w\s]", text.lower())
+    found = Counter(
+        tuple(words[start : start + n]) for n in range(1, longest + 1) for start in range(len(words) - n + 1)
+    )
+    return found if counted else Counter(found.keys())
+
+
+def fit(difference_NF: Tensor, l2: float) -> Tensor:
+    """weight_F of the least loss."""
+    weight_F = torch.zeros(difference_NF.shape[1], dtype=torch.float64, requires_grad=True)
+    if not len(weight_F):  # nothing that two pairs have
+        return weight_F.detach()
+    optimizer = torch.optim.LBFGS([weight_F], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        lead_N = difference_NF @ weight_F
+        loss = torch.nn.functional.softplus(-lead_N).mean() + l2 / 2 * weight_F.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weight_F.detach()
+
+
+def right(lead_N: ArrayLike) -> NDArray[np.float64]:
+    """1 where the chosen answer leads, 0 where the rejected one does, 0.5 for a tie."""
+    return (np.sign(lead_N) + 1) / 2
+
+
+def choose(rows: Sequence[Row], folds: int = 5, seed: int = 0) -> Settings:
+    """The settings that are right most often on a fifth of the prompts each, trained on the others."""
+    prompt_N = numbered(row["prompt"] for row in rows)
+    fold_N = np.random.default_rng(seed).permutation(prompt_N.max() + 1)[prompt_N] % folds
+    hits: Counter[Settings] = Counter()
+    for longest, counted, fold in itertools.product((1, 2, 3), (False, True), range(folds)):
+        train, check = (
+            pairs_of([rows[i] for i in np.flatnonzero(chosen_N)], longest, counted)
+            for chosen_N in (fold_N != fold, fold_N == fold)
+        )
+        columns = train.columns()
+        train_NF, check_NF = train.matrix(columns), check.matrix(columns)
+        for l2 in L2S:
+            hits[Settings(longest, counted, l2)] += right((check_NF @ fit(train_NF, l2)).numpy()).sum()
+    return max(hits, key=lambda settings: hits[settings])
+
+
+def leads(train: Sequence[Row], held_out: Sequence[Row], settings: Settings) -> NDArray[np.float64]:
+    """Of each held-out pair, the chosen answer's reward less the rejected one's.
+
+    >>> rows = [{"chosen": "a fine day", "rejected": "a foul day"}] * 2
+    >>> print(leads(rows, rows[:1], Settings(longest=1, counted=False, l2=0.5)).round(2))
+    [1.04]
+    """
+    seen, asked = (pairs_of(rows, settings.longest, settings.counted) for rows in (train, held_out))
+    columns = seen.columns()
+    return (asked.matrix(columns) @ fit(seen.matrix(columns), settings.l2)).numpy()
+
+
+def compare(train: Sequence[Row], held_out: Sequence[Row], against: dict[str, Any] | None) -> list[str]:
+    """What is printed: the n-gram model's accuracy, and beside a reward model's on the rows that it scored."""
+    settings = choose(train)
+    rows = range(len(held_out)) if against is None else against["rows"]
+    prompts = [held_out[i]["prompt"] for i in rows]
+    hit_N = right(leads(train, [held_out[i] for i in rows], settings))
+    kind = "counted" if settings.counted else "noted once"
+    lines = [
+        f"{len(train)} pairs to train on; {len(prompts)} held out, of {len(set(prompts))} prompts",
+        f"n-grams          {proportion(hit_N, prompts)}  up to {settings.longest} words, {kind}, l2 {settings.l2}",
+    ]
+    if against is not None:
+        model_N = right(against["leads"])
+        lines += [
+            f"reward model     {proportion(model_N, prompts)}  {against['model']}",
+            f"their difference {paired_difference(model_N, hit_N, prompts)}",
+        ]
+    return lines
+
+
+def no_longer(rows: Sequence[Row], tokenizer: str, max_tokens: int) -> list[Row]:
+    """The rows of which no sequence has more tokens, an end token counted."""
+    from alignfast.models import load_tokenizer
+
+    length = load_tokenizer(tokenizer, tokenizer)
+    return [
+        row
+        for row in rows
+        if max(len(length(row["prompt"] + row[name]).input_ids) for name in ("chosen", "rejected"))
+        < max_tokens
+    ]
+
+
+def main() -> None:
+    """Read the files, and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("train")
+    parser.add_argument("held_out")
+    parser.add_argument("--against", help="JSON of `alignfast eval` of a reward model on held_out")
+    parser.add_argument("--max_tokens", type=int, help="leave longer training rows out")
+    parser.add_argument("--tokenizer", help="what counts those tokens")
+    options = parser.parse_args()
+    if (options.max_tokens is None) != (options.tokenizer is None):
+        parser.error("--max_tokens and --tokenizer go together")
+    train, held_out = (list(load_rows(name)) for name in (options.train, options.held_out))
+    if options.max_tokens is not None:
+        train = no_longer(train, options.tokenizer, options.max_tokens)
+    against = None if options.against is None else json.loads(Path(options.against).read_text())
+    print("\n".join(compare(train, held_out, against)))
+
+
+if __name__ == "__main__":
+    main()
