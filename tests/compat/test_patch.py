@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from trainers.tiny import WORDS, make_llama, make_reward_llama, make_tokenizer
 
 import alignfast
 from alignfast.compat import patch
-from alignfast.compat._padded import NotServed
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 datasets = pytest.importorskip("datasets")
