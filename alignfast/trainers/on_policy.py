@@ -190,16 +190,14 @@ class OnPolicyTrainer(Trainer):
             self.rewards.check(rows.columns, conversational=rows.conversational)
         self.judged.check(rows.columns, conversational=rows.conversational)
         prompts = encode_prompts(rows, self.processing_class)
-        room = (
-            None if self.module.positions is None else self.module.positions - self.args.max_completion_length
-        )
+        positions, most = self.module.positions, self.args.max_completion_length
         for index, ids in enumerate(prompts):
             if not ids:
                 raise ValueError(f"{rows.where(index)}: the prompt has no token to start from")
-            if room is not None and len(ids) > room:
+            if positions is not None and len(ids) > positions - most:
                 raise ValueError(
-                    f"{rows.where(index)}: the prompt has {len(ids)} tokens, and the model's {self.module.positions} "
-                    f"positions less max_completion_length={self.args.max_completion_length} leave {room}"
+                    f"{rows.where(index)}: the prompt has {len(ids)} tokens, and the model's {positions} positions less "
+                    f"max_completion_length={most} leave {positions - most}"
                 )
         del self.items[sum(len(data.trees) for data in self.all_data) :]
         self.items += rows.items
