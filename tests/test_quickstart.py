@@ -201,7 +201,10 @@ def test_a_whole_passage_in_small(tmp_path: Path, capfd: pytest.CaptureFixture[s
     sizes = [text for name, value in SMALL.items() for text in (f"--{name}", str(value))]
     assert main(["quickstart", "--output", str(tmp_path), "--seeds", "2", *sizes]) == 0
     said = capfd.readouterr().out
-    assert said.rstrip().endswith("alignfast dpo --model YOURS --train_dataset YOURS.jsonl")
+    assert "alignfast dpo --model YOURS --train_dataset YOUR_PAIRS.jsonl\n" in said
+    assert said.rstrip().endswith(
+        "alignfast grpo --model YOURS --train_dataset YOUR_PROMPTS.jsonl --reward_funcs YOURS"
+    )
     assert "No gain is shown" in said
 
     found = json.loads((tmp_path / "quickstart.json").read_text())
@@ -230,7 +233,7 @@ def test_a_whole_passage_in_small(tmp_path: Path, capfd: pytest.CaptureFixture[s
     for caption in (
         "Win rate against the fine-tuned model",
         "Gold reward against KL",
-        "GRPO: share of groups alike",
+        "GRPO: KL of a token",
     ):
         assert caption in page
     assert (tmp_path / "quickstart.png").read_bytes().startswith(b"\x89PNG")

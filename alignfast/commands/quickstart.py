@@ -52,5 +52,8 @@ def run(command: str, argv: Sequence[str]) -> None:
         f"talk to it: alignfast generate --model {folder}/seed-0/grpo --prompt 'How was the soup at the harbour cafe?'",
         soft_wrap=True,
     )
-    console.print("Next, with a model and pairs of your own:", style="bold")
-    console.print("alignfast dpo --model YOURS --train_dataset YOURS.jsonl", soft_wrap=True)
+    console.print("Next, with a model of your own, and pairs or a reward:", style="bold")
+    console.print("alignfast dpo --model YOURS --train_dataset YOUR_PAIRS.jsonl", soft_wrap=True)
+    console.print(
+        "alignfast grpo --model YOURS --train_dataset YOUR_PROMPTS.jsonl --reward_funcs YOURS", soft_wrap=True
+    )

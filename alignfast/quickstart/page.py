@@ -35,7 +35,7 @@ _CURVES = (
     ("ppo", "objective/scores", "PPO: reward model's score of what was drawn"),
     ("ppo", "val/explained_variance", "PPO: share of the returns' variance that the critic explains"),
     ("grpo", "reward", "GRPO: reward model's score of what was drawn"),
-    ("grpo", "frac_reward_zero_std", "GRPO: share of groups alike, which teach nothing"),
+    ("grpo", "kl", "GRPO: KL of a token to the fine-tuned model, in nats"),
 )
 
 

@@ -58,7 +58,9 @@ class Sizes:
     def check(self) -> None:
         """Raise ValueError unless there can be such a passage."""
         if min(vars(self).values()) < 1 or self.completions % (2 * GROUP):
-            raise ValueError(f"sizes must be at least 1, and completions a multiple of 16; got {self}")
+            raise ValueError(
+                f"sizes must be at least 1, and completions a multiple of {2 * GROUP}; got {self}"
+            )
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def run_seed(seed: int, folder: Path, sizes: Sizes, say: Say) -> Passage:
     votes, unseen = _votes(seed, folder, train, rng, sizes)
     accuracy, seconds[REWARD] = _timed(lambda: learn_votes(votes, unseen, folder, seed))
     say(
-        f"reward model of {len(votes):,} votes: {seconds[REWARD]:.0f} s, right about {accuracy.estimate:.0%} of others"
+        f"reward model of {len(votes):,} votes, right about {accuracy.estimate:.0%} of others: {seconds[REWARD]:.0f} s"
     )
 
     material = Material(
@@ -131,7 +133,7 @@ def run_seed(seed: int, folder: Path, sizes: Sizes, say: Say) -> Passage:
         for i, question in enumerate(asked[:_SHOWN])
     ]
     for name in METHODS:
-        _add_samples(folder / name, name, samples)
+        _add_samples(folder, name, samples)
     return Passage(
         seed=seed,
         comparison=_compared(seed, folder, asked, base, answers, seconds),
@@ -189,9 +191,9 @@ def _compared(
 
 
 def _add_samples(folder: Path, name: str, samples: Samples) -> None:
-    """Answers before and after a training to its samples.jsonl, for its own report."""
-    last = read_metrics(folder / "metrics.jsonl")[-1]["step"]
-    with (folder / "samples.jsonl").open("a") as lines:
+    """Answers before and after a method's training into its samples.jsonl, for the report of that run alone."""
+    last = read_metrics(folder / name / "metrics.jsonl")[-1]["step"]
+    with (folder / name / "samples.jsonl").open("a") as lines:
         for question, answers in samples:
             for step, text in ((0, answers[SFT]), (last, answers[name])):
                 row = {"step": step, "prompt": question, "completion": text}
