@@ -45,13 +45,14 @@ def counts(store: Store) -> dict[str, int]:
 def test_all_of_a_user_goes_and_nothing_else(store: Store, tmp_path: Path) -> None:
     store.record_shown(
         shown("a1", "ada", episode_id="ea"), shown("a2", "ada", episode_id="shared"),
-        shown("b1", "bob", episode_id="shared"), shown("n1", None, episode_id="shared"),
+        shown("b1", "bob", episode_id="shared"),
+        shown("a3", "ada", episode_id="half"), shown("n1", None, episode_id="half"),
     )  # fmt: skip
     for id in ("a1", "b1"):
         for user in ("ada", "bob"):
             store.add_vote(thumb(id, user), key=f"{id}-{user}")
     store.add_vote(thumb("a1", "ada", comment="again"))
-    for episode in ("ea", "shared"):
+    for episode in ("ea", "shared", "half"):
         store.add_vote(Vote(episode_id=episode, kind="rating", value=5, user="bob"))
     store.keys.make("ada")
     _, bobs = store.keys.make("bob")
@@ -60,11 +61,12 @@ def test_all_of_a_user_goes_and_nothing_else(store: Store, tmp_path: Path) -> No
     before = lines(file)
 
     found = store.delete_user("ada")
-    # a1 and a2; ada's votes on a1 (two) and b1, bob's on a1 and on the conversation ea
-    assert (found.responses, found.votes, found.keys, found.versions) == (2, 5, 1, ())
+    # a1, a2 and a3; ada's votes on a1 (two) and b1, bob's on a1 and on the conversation ea
+    assert (found.responses, found.votes, found.keys, found.versions) == (3, 5, 1, ())
     assert [(vote.user, vote.response_id, vote.episode_id) for vote in store.votes(current=False)] == [
         ("bob", "b1", None),
         ("bob", None, "shared"),
+        ("bob", None, "half"),
     ]
     assert store.shown("a1") is None
     assert store.shown("b1") is not None

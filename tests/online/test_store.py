@@ -279,6 +279,20 @@ def test_one_that_fails_takes_none_of_its_batch_along(store: Store) -> None:
     assert {vote.response_id for vote in store.votes()} == {f"r{i}" for i in range(1, 20, 2)}
 
 
+def test_nothing_is_acknowledged_before_its_commit(store: Store) -> None:
+    store.record_shown(answer("r1"))
+
+    def broken(connection: Any) -> None:
+        raise OSError("the disk is full")
+
+    sqlalchemy.event.listen(store.engine, "commit", broken)
+    with pytest.raises(OSError, match="the disk is full"):
+        store.add_vote(thumb("r1"), key="k1")
+    sqlalchemy.event.remove(store.engine, "commit", broken)
+    assert store.votes(current=False) == []
+    assert not store.add_vote(thumb("r1"), key="k1").replayed
+
+
 def test_a_limit_a_user_and_period(url: str) -> None:
     with Store.open(url, max_votes=3, period=60) as store:
         store.record_shown(answer("r1"))

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, and_, exists, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, exists, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from alignfast.online.feedback import (
@@ -29,6 +29,34 @@ Item = TypeVar("Item")
 
 _CHUNK = 500  # ids in one statement; databases limit how many
 
+# What every vote runs is built once: to build and hash its statements took SQLAlchemy twice as long as to run them.
+_KEEP_SHOWN = insert(responses)
+_KEEP_VOTE = insert(feedback)
+_KEEP_KEY = insert(idempotency)
+_ANSWERED = (
+    select(feedback, idempotency.c.body_hash)
+    .join(idempotency, idempotency.c.feedback == feedback.c.seq)
+    .where(idempotency.c.caller == bindparam("caller"), idempotency.c.key == bindparam("key"))
+)
+_REPLACE = (
+    update(feedback)
+    .where(feedback.c.user_id == bindparam("whose"), feedback.c.target == bindparam("what"))
+    .where(feedback.c.slot == bindparam("which"), feedback.c.current)
+    .values(current=False)
+    .returning(feedback.c.id)
+)
+_NAMED = select(responses.c.id, responses.c.group_id, responses.c.user_id)
+_ONE = _NAMED.where(responses.c.id == bindparam("one"))
+_SOME = _NAMED.add_columns(responses.c.prompt).where(responses.c.id.in_(bindparam("some", expanding=True)))
+_GROUP = _NAMED.where(responses.c.group_id == bindparam("group"))
+_OLDEST = (
+    select(feedback.c.created)
+    .where(feedback.c.user_id == bindparam("whose"))
+    .order_by(feedback.c.created.desc())
+    .offset(bindparam("place"))
+    .limit(1)
+)
+
 
 def chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
     """The items in lists that one statement takes."""
@@ -44,8 +72,7 @@ def insert_shown(connection: Connection, shown: Sequence[Shown]) -> None:
     """
     rows = [_shown_row(one) for one in shown]
     try:
-        with connection.begin_nested():
-            connection.execute(insert(responses), rows)
+        connection.execute(_KEEP_SHOWN, rows)
     except IntegrityError as error:
         names = ", ".join(one.id for one in shown[:5])
         raise ValueError(f"a response with one of these ids is stored already: {names}") from error
@@ -141,7 +168,7 @@ def insert_vote(connection: Connection, vote: Vote, request: Request) -> Kept:
     """Keep a vote, and make it the current one of its user, target and slot.
 
     Args:
-        connection: in a transaction that nobody writes beside.
+        connection: in a transaction that nobody writes beside, at a savepoint that is returned to where this raises.
         vote: as it shall be kept.
         request: how it came.
 
@@ -153,24 +180,21 @@ def insert_vote(connection: Connection, vote: Vote, request: Request) -> Kept:
         if earlier is not None:
             return earlier
     target, among = _target(connection, vote, request)
-    vote = replace(vote, among=among)
+    vote = vote if among == vote.among else replace(vote, among=among)
     if request.limit is not None:
         _check_limit(connection, vote, *request.limit)
-    mine = and_(feedback.c.user_id == vote.user, feedback.c.target == target, feedback.c.slot == vote.slot)
-    before = connection.execute(select(feedback.c.id).where(mine, feedback.c.current)).scalar()
-    if before is not None:
-        connection.execute(update(feedback).where(feedback.c.id == before).values(current=False))
+    whose = {"whose": vote.user, "what": target, "which": vote.slot}
+    before = connection.execute(_REPLACE, whose).scalar()
     row = {name: value for name, value in vote.body.items() if name != "user"}
     row.update(id=vote.id, user_id=vote.user, slot=vote.slot, target=target, current=True, replaces=before)
     try:
-        with connection.begin_nested():
-            found = connection.execute(insert(feedback).values(**row, created=vote.created))
+        found = connection.execute(_KEEP_VOTE, {**row, "created": vote.created})
     except IntegrityError as error:
         raise ValueError(f"a vote with the id {vote.id!r} is stored already") from error
     if request.key is not None:
         assert found.inserted_primary_key is not None
         answered = {"caller": request.caller, "key": request.key, "body_hash": request.said}
-        connection.execute(insert(idempotency).values(**answered, feedback=found.inserted_primary_key[0]))
+        connection.execute(_KEEP_KEY, {**answered, "feedback": found.inserted_primary_key[0]})
     return Kept(vote, False, before)
 
 
@@ -185,12 +209,7 @@ def _answered(connection: Connection, caller: str, key: str, said: str) -> Kept 
     Raises:
         IdempotencyConflict: it was another vote.
     """
-    statement = (
-        select(feedback, idempotency.c.body_hash)
-        .join(idempotency, idempotency.c.feedback == feedback.c.seq)
-        .where(idempotency.c.caller == caller, idempotency.c.key == key)
-    )
-    row = connection.execute(statement).one_or_none()
+    row = connection.execute(_ANSWERED, {"caller": caller, "key": key}).one_or_none()
     if row is None:
         return None
     if row.body_hash != said:
@@ -216,7 +235,8 @@ def _target(connection: Connection, vote: Vote, request: Request) -> tuple[str, 
         return f"episode:{vote.episode_id}", ()
     assert vote.response_id is not None
     ids = {vote.response_id, *vote.among} | _named_by(vote)
-    named = _to_vote_on(connection, responses.c.id.in_(sorted(ids)), vote, request)
+    asked = (_ONE, {"one": vote.response_id}) if len(ids) == 1 else (_SOME, {"some": sorted(ids)})
+    named = _to_vote_on(connection.execute(*asked), vote, request)
     for id in sorted(ids - named.keys()):
         raise UnknownResponse(f"there is no response {id!r} to vote on")
     if vote.slot != "comparison":
@@ -232,23 +252,17 @@ def _target(connection: Connection, vote: Vote, request: Request) -> tuple[str, 
             raise ValueError(
                 f"response {vote.response_id!r} was shown alone; a {vote.kind} needs answers side by side, or `among`"
             )
-        group = _to_vote_on(connection, responses.c.group_id == group_id, vote, request)
+        group = _to_vote_on(connection.execute(_GROUP, {"group": group_id}), vote, request)
         target, among = f"group:{group_id}", tuple(sorted(group))
     _check_comparison(vote, among)
     return target, among
 
 
-def _to_vote_on(
-    connection: Connection, where: ColumnElement[bool], vote: Vote, request: Request
-) -> dict[str, Any]:
+def _to_vote_on(rows: Iterable[Any], vote: Vote, request: Request) -> dict[str, Any]:
     """Rows of answers by id, less those that are not the user's where they must be."""
-    columns = [responses.c.id, responses.c.group_id, responses.c.user_id]
-    if vote.among:
-        columns.append(responses.c.prompt)
-    rows = {row.id: row for row in connection.execute(select(*columns).where(where))}
-    if request.own:
-        return {id: row for id, row in rows.items() if row.user_id == vote.user or id == request.token_of}
-    return rows
+    if not request.own:
+        return {row.id: row for row in rows}
+    return {row.id: row for row in rows if row.user_id == vote.user or row.id == request.token_of}
 
 
 def _named_by(vote: Vote) -> set[str]:
@@ -268,14 +282,7 @@ def _check_comparison(vote: Vote, among: tuple[str, ...]) -> None:
 
 
 def _check_limit(connection: Connection, vote: Vote, most: int, seconds: float) -> None:
-    statement = (
-        select(feedback.c.created)
-        .where(feedback.c.user_id == vote.user)
-        .order_by(feedback.c.created.desc())
-        .offset(most - 1)
-        .limit(1)
-    )
-    oldest = connection.execute(statement).scalar()
+    oldest = connection.execute(_OLDEST, {"whose": vote.user, "place": most - 1}).scalar()
     if oldest is not None and oldest > vote.created - seconds:
         wait = oldest + seconds - vote.created
         raise TooManyVotes(
