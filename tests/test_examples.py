@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from trainers.tiny import make_llama, make_pairs, make_reward_llama, make_rows, make_thumbs, make_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignfast.cli import main
 from alignfast.commands.recipes import RECIPES
@@ -101,7 +101,30 @@ def test_textbook_script(workplace: Path) -> None:
     assert found["trainer"].state.global_step == 3  # 3 epochs of one batch
 
 
+def test_arithmetic_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No sum comes twice, every demonstration is right, and docs/real-run-rl.md's configs train on them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["arithmetic.py", "arithmetic"])
+    runpy.run_path(str(EXAMPLES / "arithmetic.py"), run_name="__main__")
+    held_out, tasks, shown = (
+        [json.loads(line) for line in Path(f"arithmetic/{name}.jsonl").read_text().splitlines()]
+        for name in ("held_out", "tasks", "demonstrations")
+    )
+    prompts = [row["prompt"] for row in (*held_out, *tasks, *shown)]
+    assert len(held_out) == 500
+    assert len(set(prompts)) == len(prompts)
+    assert all(eval(row["prompt"].rstrip("= ")) == int(row["completion"]) for row in shown)
+    tokenizer = AutoTokenizer.from_pretrained("arithmetic/model")
+    text = shown[0]["prompt"] + shown[0]["completion"]
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    configs = EXAMPLES.parent / "docs" / "real-run-rl"
+    words = ["--max_steps", "1", "--per_device_train_batch_size", "32", "--use_cpu"]
+    assert main(["sft", "--config", str(configs / "sft.yaml"), *words]) == 0
+    assert main(["grpo", "--config", str(configs / "grpo.yaml"), *words]) == 0
+    assert Path("grpo_arithmetic/model.safetensors").is_file()
+
+
 def test_every_example_has_a_test() -> None:
     assert {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".yaml")} == {
-        "dpo.py", "textbook.py", *(f"{recipe}.yaml" for recipe in RECIPES),
+        "arithmetic.py", "dpo.py", "textbook.py", *(f"{recipe}.yaml" for recipe in RECIPES),
     }  # fmt: skip
