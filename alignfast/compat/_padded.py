@@ -73,7 +73,9 @@ def _between_restarts(position_BL: NDArray[np.int64]) -> list[Span]:
     return found
 
 
-def labelled_trees(ids_BL: NDArray[np.int64], labels_BL: NDArray[np.int64], found: Sequence[Span]) -> list[Tree]:
+def labelled_trees(
+    ids_BL: NDArray[np.int64], labels_BL: NDArray[np.int64], found: Sequence[Span]
+) -> list[Tree]:
     """A tree of one answer for each sequence that has a label, in their order: its predictions are the labels of columns
     1 and up, row by row.
 

@@ -33,7 +33,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -91,11 +91,15 @@ def patch_trl(*, layout: str = "shared", backend: str = "auto", strict: bool = F
     """
     global _options
     if layout not in ("shared", "packed"):
-        raise ValueError(f"layout={layout!r} is not one of shared, packed; TRL's own is padded: do not patch for that")
+        raise ValueError(
+            f"layout={layout!r} is not one of shared, packed; TRL's own is padded: do not patch for that"
+        )
     try:
         import trl
     except ImportError as error:
-        raise ImportError("patch_trl patches TRL, which is not installed: pip install 'trl==1.16.*'") from error
+        raise ImportError(
+            "patch_trl patches TRL, which is not installed: pip install 'trl==1.16.*'"
+        ) from error
     if not f"{trl.__version__}.".startswith(f"{VERSION}."):
         raise RuntimeError(
             f"patch_trl knows TRL {VERSION}, and this is {trl.__version__}, whose trainers may work another way: install "
@@ -167,7 +171,11 @@ def _add_fused_lm_head(original: Callable[..., None]) -> Callable[..., None]:
                 with _or_theirs(options):
                     if args:
                         raise NotServed("arguments without a name")
-                    batch_options = {"temperature": temperature, "wide": cast_lm_head_to_fp32, "outputs": outputs}
+                    batch_options = {
+                        "temperature": temperature,
+                        "wide": cast_lm_head_to_fp32,
+                        "outputs": outputs,
+                    }
                     return _token_outputs(self, options, labels, kwargs, **batch_options)
             return theirs(*args, fused_lm_head=True, labels=labels, **kwargs)
 
@@ -208,7 +216,12 @@ def _served(model: Any, options: _Options, kind: type[Policy] | type[RewardModel
             raise NotServed("weights that are not whole on this rank")
         if model.config.get_text_config() is not model.config:
             raise NotServed(f"{type(model).__name__}, which has more than text")
-        kind(model, layout=options.layout, backend=options.backend).probe()
+        modes = [(part, part.training) for part in model.modules()]
+        try:
+            kind(model, layout=options.layout, backend=options.backend).probe()
+        finally:
+            for part, training in modes:  # a reference in evaluation mode stays in it
+                part.training = training
         return True
     return False
 
@@ -254,7 +267,9 @@ def _token_outputs(
     with _attention(model):
         hidden_PD, _ = policy.hidden(batch, batch.source_P)
     head = head_of(model)
-    weight_VD, bias_V = (None if x is None else x.float() if wide else x for x in (head.weight_VD, head.bias_V))
+    weight_VD, bias_V = (
+        None if x is None else x.float() if wide else x for x in (head.weight_VD, head.bias_V)
+    )
     assert weight_VD is not None
     with torch.autocast(ids_BL.device.type, enabled=False) if wide else nullcontext():
         stats = linear_token_stats(
@@ -263,9 +278,7 @@ def _token_outputs(
             bias_V=bias_V, scale=head.scale, softcap=head.softcap, temperature=temperature, backend=options.backend,
         )  # fmt: skip
     mask = labels[:, 1:] != -100
-    fields = {
-        name: _field(name, getattr(stats, STATISTICS[name]), mask) for name in {"log_probs", *outputs}
-    }
+    fields = {name: _field(name, getattr(stats, STATISTICS[name]), mask) for name in {"log_probs", *outputs}}
     count = kwargs.get("num_items_in_batch")
     loss = -stats.logps.sum() / (mask.sum() if count is None else count)
     return FusedCausalLMOutput(loss=loss, label_mask=mask, **fields)
@@ -314,7 +327,9 @@ def _check_keywords(model: Any, kwargs: dict[str, Any], known: set[str]) -> None
     unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in known)
     mixture = kwargs.get("output_router_logits") or getattr(model.config, "output_router_logits", False)
     if mixture:
-        raise NotServed("the router loss of a mixture of experts, which depends on how often a prompt is computed")
+        raise NotServed(
+            "the router loss of a mixture of experts, which depends on how often a prompt is computed"
+        )
     if unknown:
         raise NotServed(f"the argument {unknown[0]}")
     if kwargs.get("input_ids") is None or kwargs.get("use_cache"):
