@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from alignfast.compat.patch import patch_trl, unpatch_trl
+    from alignfast.models.fuse import fuse, unfuse
     from alignfast.trainers.dpo import DPOConfig, DPOTrainer
     from alignfast.trainers.grpo import GRPOConfig, GRPOTrainer
     from alignfast.trainers.kto import KTOConfig, KTOTrainer
@@ -30,8 +31,10 @@ __all__ = [
     "SFTConfig",
     "SFTTrainer",
     "__version__",
+    "fuse",
     "patch_trl",
     "ppo_step",
+    "unfuse",
     "unpatch_trl",
 ]
 
@@ -49,8 +52,10 @@ _HOMES = {
     "RewardTrainer": "alignfast.trainers.reward",
     "SFTConfig": "alignfast.trainers.sft",
     "SFTTrainer": "alignfast.trainers.sft",
+    "fuse": "alignfast.models.fuse",
     "patch_trl": "alignfast.compat.patch",
     "ppo_step": "alignfast.trainers.ppo_step",
+    "unfuse": "alignfast.models.fuse",
     "unpatch_trl": "alignfast.compat.patch",
 }
 

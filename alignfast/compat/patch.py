@@ -216,7 +216,12 @@ def _served(model: Any, options: _Options, kind: type[Policy] | type[RewardModel
             raise NotServed("weights that are not whole on this rank")
         if model.config.get_text_config() is not model.config:
             raise NotServed(f"{type(model).__name__}, which has more than text")
-        kind(model, layout=options.layout, backend=options.backend).probe()
+        modes = [(part, part.training) for part in model.modules()]
+        try:
+            kind(model, layout=options.layout, backend=options.backend).probe()
+        finally:
+            for part, training in modes:  # a reference in evaluation mode stays in it
+                part.training = training
         return True
     return False
 

@@ -67,7 +67,7 @@ def sft(folder: Path, model: Any = None, **options: Any) -> Any:
 
 def dpo(folder: Path, model: Any = None, **options: Any) -> Any:
     return trl.DPOTrainer(
-        model or make_model(), ref_model=make_model(), args=trl.DPOConfig(str(folder), **COMMON | options),
+        model or make_model(), ref_model=make_model(seed=1), args=trl.DPOConfig(str(folder), **COMMON | options),
         processing_class=make_tokenizer(), train_dataset=rows(STEPS * ROWS, "chosen", "rejected"),
     )  # fmt: skip
 
@@ -75,7 +75,7 @@ def dpo(folder: Path, model: Any = None, **options: Any) -> Any:
 def kto(folder: Path, model: Any = None, **options: Any) -> Any:
     data = rows(STEPS * ROWS, "completion")
     return trl.KTOTrainer(
-        model or make_model(), ref_model=make_model(), args=trl.KTOConfig(str(folder), **COMMON | options),
+        model or make_model(), ref_model=make_model(seed=1), args=trl.KTOConfig(str(folder), **COMMON | options),
         processing_class=make_tokenizer(), train_dataset=data.add_column("label", [i % 3 > 0 for i in range(len(data))]),
     )  # fmt: skip
 
@@ -155,3 +155,68 @@ def test_losses_and_metrics_are_trls(name: str, tmp_path: Path, monkeypatch: Any
     assert len(batches) >= STEPS
     shared = any(batch.num_tokens < batch.num_tokens_unshared for batch in batches)
     assert shared == (name not in ("sft", "kto"))  # those have no two answers to a prompt
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sft", dict(padding_free=True, max_length=None, loss_type="dft")),
+        ("sft", dict(gradient_accumulation_steps=2, per_device_train_batch_size=2)),
+        ("dpo", dict(gradient_checkpointing=True, loss_type=["sigmoid", "sft"], ld_alpha=0.5)),
+        ("dpo", dict(use_weighting=True, precompute_ref_log_probs=True)),
+        (
+            "grpo",
+            dict(gradient_checkpointing=True, cast_lm_head_to_fp32=True, temperature=0.7, entropy_coef=0.1),
+        ),
+        ("grpo", dict(num_iterations=2, loss_type="grpo", importance_sampling_level="sequence")),
+        ("reward", dict(gradient_checkpointing=True, center_rewards_coefficient=0.1)),
+    ],
+    ids=lambda x: x if isinstance(x, str) else ", ".join(x),
+)
+def test_options_are_obeyed(name: str, options: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
+    alike(MAKERS[name], tmp_path, monkeypatch, max_steps=3, **options)
+
+
+@pytest.mark.parametrize("name", ["dpo", "reward"])
+def test_lora(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """The policy is its own reference without its adapters, and the reward model trains its head whole."""
+    import peft
+
+    kind = "SEQ_CLS" if name == "reward" else "CAUSAL_LM"
+
+    def make(folder: Path, **options: Any) -> Any:
+        model = make_reward_llama() if name == "reward" else make_model()
+        lora = peft.LoraConfig(
+            r=2, task_type=kind, target_modules=["q_proj", "up_proj"], init_lora_weights=False
+        )
+        if name == "reward":
+            return MAKERS[name](folder, peft.get_peft_model(model, lora), **options)
+        trainer = trl.DPOTrainer(
+            model, args=trl.DPOConfig(str(folder), **COMMON | options), processing_class=make_tokenizer(),
+            train_dataset=rows(STEPS * ROWS, "chosen", "rejected"), peft_config=lora,
+        )  # fmt: skip
+        return trainer
+
+    assert alike(make, tmp_path, monkeypatch, max_steps=3)
+
+
+def test_attention_is_the_models_own_again(tmp_path: Path) -> None:
+    """Between steps and after training, also where layers are run again in the backward pass."""
+    alignfast.patch_trl(strict=True)
+    seen = []
+
+    class Look(trl.DPOTrainer):  # type: ignore[misc, name-defined]
+        def log(self, *args: Any, **kwargs: Any) -> None:
+            seen.append(self.model.config._attn_implementation)
+            super().log(*args, **kwargs)
+
+    for checkpointing in (False, True):
+        trainer = Look(
+            make_model(), ref_model=make_model(), processing_class=make_tokenizer(),
+            args=trl.DPOConfig(str(tmp_path), **COMMON | dict(max_steps=2, gradient_checkpointing=checkpointing)),
+            train_dataset=rows(8, "chosen", "rejected"),
+        )  # fmt: skip
+        trainer.train()
+        assert trainer.model.config._attn_implementation == "sdpa"
+    assert len(seen) > 2
+    assert set(seen) == {"sdpa"}
