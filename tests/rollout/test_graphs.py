@@ -13,6 +13,7 @@ from rollout.test_engines import PROMPTS, TOKENIZER, sharp_llama
 from torch import Tensor
 from trainers.tiny import make_llama
 
+from alignfast import GRPOConfig
 from alignfast.models import ModelRefused, Policy, load_policy
 from alignfast.rollout import Completion, Sampling
 from alignfast.rollout.graphs import bucket
@@ -129,3 +130,6 @@ def test_what_can_not_be_recorded_is_refused_with_its_reason() -> None:
 def test_graphs_without_a_gpu_are_refused() -> None:
     with pytest.raises(ValueError, match="cuda_graphs=True needs a GPU, and the model is on cpu"):
         NativeEngine(Policy(make_llama()), TOKENIZER, cuda_graphs=True).generate(["the cat"], Sampling())
+    assert GRPOConfig().cuda_graphs is None
+    with pytest.raises(ValueError, match="cuda_graphs must be None where the engine is not native"):
+        GRPOConfig(engine="transformers", cuda_graphs=False)
