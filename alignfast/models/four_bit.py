@@ -85,9 +85,10 @@ def check_four_bit(four_bit: FourBit | None, named: bool, has_adapters: bool) ->
 def keep_arithmetic(model: nn.Module) -> None:
     """On CPUs with AVX512-BF16, keep bitsandbytes from its way of inference: it computes in bfloat16 whatever the
     compute_dtype, and leaves the weights in a layout through which no gradient flows afterwards (seen in 0.50.2)."""
+    name = "support_avx512bf16_for_cpu"
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        if hasattr(module, name):
+            setattr(module, name, False)
 
 
 def check_trainable(model: nn.Module) -> None:

@@ -38,7 +38,8 @@ class PagedCache:
 
     def store(self, layer: int, key_TKE: Tensor, value_TKE: Tensor) -> None:
         """Keep a layer's keys and values of this forward pass."""
-        if layer not in self._layers:
+        # a call keeps to one precision, and wants nothing of the calls before it
+        if layer not in self._layers or self._layers[layer][0].dtype != key_TKE.dtype:
             shape = (self.num_pages, self.size, *key_TKE.shape[1:])
             self._layers[layer] = (key_TKE.new_empty(shape), value_TKE.new_empty(shape))
         for kept_NPKE, new_TKE in zip(self._layers[layer], (key_TKE, value_TKE)):

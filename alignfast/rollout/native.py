@@ -22,6 +22,7 @@ from alignfast.models.policy import Policy
 from alignfast.models.trunk import PROBE_TOLERANCE
 from alignfast.rollout.cache import PagedCache
 from alignfast.rollout.finish import Finish
+from alignfast.rollout.graphs import Recorder, StepGraphs
 from alignfast.rollout.pages import Pages
 from alignfast.rollout.prompts import check_room, encode_prompt, end_tokens, evaluating, room_for
 from alignfast.rollout.sampling import Completion, Prompt, Sampling
@@ -42,6 +43,7 @@ class NativeEngine:
         cache_tokens: tokens that the cache holds at most; None: as many as `max_sequences` of a call may need. Fewer make
             sequences wait.
         max_prefill_tokens: of prompts in one forward pass.
+        cuda_graphs: replay the trunk's steps as CUDA graphs (`alignfast.rollout.graphs`); None: on a GPU.
 
     Attributes:
         seconds: of the last call: `prefill` and `decode`, drawing included.
@@ -61,15 +63,18 @@ class NativeEngine:
         max_sequences: int = 256,
         cache_tokens: int | None = None,
         max_prefill_tokens: int = 8192,
+        cuda_graphs: bool | None = None,
     ) -> None:
         for name, value in (("max_sequences", max_sequences), ("max_prefill_tokens", max_prefill_tokens)):
             if value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         self.policy, self.tokenizer = policy, tokenizer
         self.max_sequences, self.cache_tokens = max_sequences, cache_tokens
-        self.max_prefill_tokens = max_prefill_tokens
+        self.max_prefill_tokens, self.cuda_graphs = max_prefill_tokens, cuda_graphs
+        self.recorder: Recorder | None = None  # CUDA's, but for tests
         self.seconds = {"prefill": 0.0, "decode": 0.0}
         self._cache: PagedCache | None = None
+        self._graphs: StepGraphs | None = None
         self._probed = False
 
     @torch.no_grad()
@@ -162,13 +167,15 @@ class NativeEngine:
     def _run(self, sequences: list[Running], sampling: Sampling) -> Iterator[tuple[Running, Completion]]:
         """Completions as they end."""
         cache = self._cache_for(sequences)
+        graphs = self._graphs_of(cache)
         stops = sampling.stop_token_ids
         if stops is None:
             stops = end_tokens(self.policy.base, self.tokenizer)
         finish = Finish(self.tokenizer, frozenset(stops), sampling.stop)
-        pages = Pages(cache.num_pages, cache.size)
+        pages = Pages(cache.num_pages - 1, cache.size)  # the last is of what fills up a graph's sequences
         scheduler = Scheduler(sequences, pages, self.max_sequences, self.max_prefill_tokens)
-        step = Step(self.policy, cache)
+        most_pages = max(-(-(len(s.prompt.ids) + s.limit) // PAGE) for s in sequences)
+        step = Step(self.policy, cache, graphs, most_pages)
         while not scheduler.done:
             started, began = scheduler.admit(), time.perf_counter()
             drawn = started.sequences
@@ -199,6 +206,23 @@ class NativeEngine:
                     f"cache_tokens={self.cache_tokens} is too few: the longest prompt with its completion may need "
                     f"{least * PAGE}"
                 )
-        if self._cache is None or self._cache.num_pages < wanted:
-            self._cache = PagedCache(wanted, PAGE, backend=self.policy.backend)
+        if self._cache is None or self._cache.num_pages <= wanted:
+            self._cache = PagedCache(wanted + 1, PAGE, backend=self.policy.backend)
         return self._cache
+
+    def _graphs_of(self, cache: PagedCache) -> StepGraphs | None:
+        """The graphs over a cache, kept for the next call; None where there are to be none.
+
+        Raises:
+            ValueError: they are asked for where there is no GPU.
+        """
+        device = next(self.policy.parameters()).device
+        possible = device.type == "cuda" or self.recorder is not None
+        if self.cuda_graphs and not possible:
+            raise ValueError(f"cuda_graphs=True needs a GPU, and the model is on {device}: leave it out")
+        if not possible or self.cuda_graphs is False:
+            return None
+        if self._graphs is None or self._graphs.cache is not cache:
+            self._graphs = StepGraphs(self.policy, cache, self.recorder)
+        self._graphs.begin()
+        return self._graphs

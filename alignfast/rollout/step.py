@@ -18,6 +18,7 @@ from torch import Tensor
 from alignfast.kernels import PackedLayout, sample_tokens
 from alignfast.models.policy import Policy
 from alignfast.rollout.cache import PagedCache
+from alignfast.rollout.graphs import StepGraphs
 from alignfast.rollout.sampling import Sampling
 from alignfast.rollout.scheduler import PromptState, Running, Started
 
@@ -28,10 +29,15 @@ class Step:
     Args:
         policy: the model, under packed attention whenever a pass is made.
         cache: where keys and values lie.
+        graphs: over this cache, for steps of decoding; None computes each step anew.
+        most_pages: that any sequence of these passes may have; for the graphs.
     """
 
-    def __init__(self, policy: Policy, cache: PagedCache) -> None:
+    def __init__(
+        self, policy: Policy, cache: PagedCache, graphs: StepGraphs | None = None, most_pages: int = 0
+    ) -> None:
         self.policy, self.cache = policy, cache
+        self.graphs, self.most_pages = graphs, most_pages
         self.device = next(policy.parameters()).device
         self._prompt: PromptState | None = (
             None  # the one whose sequences have not all started, and its last row
@@ -86,10 +92,12 @@ class Step:
         page_S = np.take_along_axis(pages_SM, newest_S[:, None] // size, 1)[:, 0].astype(np.int64)
         ids_S = np.array([sequence.tokens[-1] for sequence in sequences], np.int64)
         length_S = (newest_S + 1).astype(np.int32)
-        self.cache.begin_step(
-            *(self._there(x) for x in (page_S * size + newest_S % size, pages_SM, length_S))
-        )
-        hidden_SD = self.policy.next_hidden(self._there(ids_S), self._there(newest_S), self.cache)
+        row_S = page_S * size + newest_S % size
+        if self.graphs is not None:
+            hidden_SD = self.graphs.hidden(ids_S, newest_S, row_S, pages_SM, length_S, self.most_pages)
+        else:
+            self.cache.begin_step(*(self._there(x) for x in (row_S, pages_SM, length_S)))
+            hidden_SD = self.policy.next_hidden(self._there(ids_S), self._there(newest_S), self.cache)
         return self._draw(hidden_SD, sequences)
 
     def _there(self, x: np.ndarray) -> Tensor:

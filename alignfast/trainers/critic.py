@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from alignfast.models.policy import Policy
 from alignfast.models.value import Critic, ValueHead, critic_like, load_critic
-from alignfast.trainers.state import load_weights, save_weights
+from alignfast.trainers.state import load_weights, save_weights, shard_like, whole
 
 if TYPE_CHECKING:
     from alignfast.trainers.ppo import PPOConfig
@@ -51,11 +51,11 @@ def save_critic(critic: Critic | ValueHead, folder: Path, is_main: bool) -> None
     """Write a critic into the folder `critic` of a model's; to be called on all ranks."""
     if isinstance(critic, Critic):
         save_weights(critic.model, folder / FOLDER, is_main)
-    elif is_main:
+        return
+    head = {name: whole(x.detach()).cpu() for name, x in critic.state_dict().items()}
+    if is_main:
         (folder / FOLDER).mkdir(exist_ok=True)
-        save_file(
-            {name: x.detach().cpu() for name, x in critic.state_dict().items()}, folder / FOLDER / _HEAD_FILE
-        )
+        save_file(head, folder / FOLDER / _HEAD_FILE)
 
 
 def load_critic_weights(critic: Critic | ValueHead, folder: Path) -> None:
@@ -88,4 +88,4 @@ def _load_head(head: ValueHead, source: Any) -> None:
         raise ValueError(f"{file} holds {shapes}, expected {expected}: it is of another model")
     with torch.no_grad():
         for name, tensor in head.state_dict().items():
-            tensor.copy_(stored[name])
+            tensor.copy_(shard_like(stored[name], tensor))

@@ -167,6 +167,8 @@ def draw(
     numbers = [first_number + i * n + j for i in mine for j in range(n)]
     began = time.perf_counter()
     more: dict[str, list[Any]] = {}
+    if trainer.copy is not None:
+        trainer.copy.refresh()
     with accelerator.autocast():
         if trainer.rollout_func is None:
             ids = [list(prompts[i][0]) for i in mine]

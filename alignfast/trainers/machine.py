@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from alignfast.models.trunk import Trunk
 from alignfast.trainers.config import TrainerConfig
@@ -74,7 +74,10 @@ def wrap(policy: Trunk, config: TrainerConfig, accelerator: Accelerator) -> Any:
     layers = policy.base._no_split_modules or ()
     for module in [module for module in policy.modules() if type(module).__name__ in layers]:
         fully_shard(module, mesh=ranks, mp_policy=mixed)
-    return fully_shard(policy, mesh=ranks, mp_policy=mixed)
+    sharded = fully_shard(policy, mesh=ranks, mp_policy=mixed)
+    if hasattr(policy, "values"):  # of a policy with a critic, called past its forward
+        register_fsdp_forward_method(policy, "values")
+    return sharded
 
 
 def keep_cpu_memory() -> bool:

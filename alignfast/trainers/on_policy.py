@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from alignfast.data import PROMPT_FORMATS, Batch, Prepared, PrepareReport, Rows, Tree, encode_prompts
 from alignfast.rewards import RewardSet, RunningNormaliser
-from alignfast.rollout import ENGINES, RolloutEngine, Sampling, make_engine
+from alignfast.rollout import ENGINES, RolloutEngine, Sampling
 from alignfast.trainers.batches import Counts, Data, Share, num_predictions, whole_on_ranks
 from alignfast.trainers.config import TrainerConfig, config
 from alignfast.trainers.experience import Drawn, Experience, describe, draw
@@ -31,6 +31,7 @@ from alignfast.trainers.loop import Trainer
 from alignfast.trainers.mismatch import MODES, correct
 from alignfast.trainers.reference import FrozenModel, ReferenceOptions, make_reference
 from alignfast.trainers.rollout_func import RolloutFunc
+from alignfast.trainers.sampler import WholeCopy, sampler_of
 from alignfast.trainers.shown import Shown
 from alignfast.trainers.state import read_json, write_json
 
@@ -62,6 +63,8 @@ class OnPolicyConfig(TrainerConfig):
     """Texts that end a completion, as the end token does."""
     engine: str = "native"
     """What samples: `native`, `transformers` for a model that can't be packed, or `vllm`, a server (EXPERIMENTAL)."""
+    cuda_graphs: bool | None = None
+    """Steps of the native engine's decoding as CUDA graphs; None: on a GPU."""
     vllm_server_base_url: str | None = None
     """Address of that server; its weights are brought up to date before each draw."""
     vllm_server_timeout: float = 240.0
@@ -106,6 +109,10 @@ class OnPolicyConfig(TrainerConfig):
             self._require(value is None or value >= 1, name, "at least 1")
         self._require(self.temperature > 0, "temperature", "above 0")
         self._choose("engine", *ENGINES)
+        native = self.engine == "native"
+        self._require(
+            native or self.cuda_graphs is None, "cuda_graphs", "None where the engine is not native"
+        )
         self._choose("vllm_importance_sampling_mode", *MODES)
         given = self.vllm_server_base_url is not None
         self._require(
@@ -143,6 +150,7 @@ class OnPolicyTrainer(Trainer):
     args: OnPolicyConfig
     formats = PROMPT_FORMATS
     engine: RolloutEngine
+    copy: WholeCopy | None = None  # of the policy, for the engine, where the policy is sharded
     completions_of_each = 1  # prompt
     ref_model: Any = None  # the reference; None is the model as it was given
     late: LateRewards | None = None  # what waits for a reward that comes after its step
@@ -249,22 +257,11 @@ class OnPolicyTrainer(Trainer):
 
     def before_training(self) -> None:
         """Take the reference while the model still is it, and make the engine."""
-        args = self.args
-        if args.fsdp:
-            raise ValueError(
-                "fsdp shards the weights that the engine samples with: leave it out, or use LoRA"
-            )
         options = ReferenceOptions(
-            needed=self.needs_reference or self.judged.wants_reference, temperature=args.temperature
+            needed=self.needs_reference or self.judged.wants_reference, temperature=self.args.temperature
         )
         self.reference: Any = make_reference(self, self.ref_model, options)
-        if args.engine == "vllm" and self.accelerator.num_processes > 1:
-            raise ValueError(
-                "engine='vllm' serves one process: run without torchrun, or take engine='native'"
-            )
-        url, timeout = args.vllm_server_base_url, args.vllm_server_timeout
-        server = {"server_url": url, "server_timeout": timeout} if args.engine == "vllm" else {}
-        self.engine = make_engine(args.engine, self.module, self.processing_class, **server)
+        self.copy, self.engine = sampler_of(self)
 
     # Drawing
 
@@ -345,17 +342,18 @@ class OnPolicyTrainer(Trainer):
     def of_tokens(self, experience: Experience, measure: Callable[[Batch], Tensor]) -> list[Tensor]:
         """What a forward pass says of each trained token, on every rank; each computes a share of the completions."""
         accelerator, size = self.accelerator, self.args.per_device_train_batch_size
-        mine = list(range(len(experience.trees)))[accelerator.process_index :: accelerator.num_processes]
+        began, ranks, number = time.perf_counter(), accelerator.num_processes, len(experience.trees)
         found: list[tuple[int, Tensor]] = []
-        began = time.perf_counter()
-        for first in range(0, len(mine), size):
-            batch = self.pack(experience.data, mine[first : first + size])
+        # an epoch's last draw may not divide by the ranks, and with fsdp all must pass as often: the first row fills up
+        for first in range(accelerator.process_index, number + accelerator.process_index, size * ranks):
+            mine = list(range(number))[first : first + size * ranks : ranks]
+            batch = self.pack(experience.data, mine or [0])
             found += zip(batch.rows, measure(batch).float().cpu().split(batch.lengths))
         took = experience.metrics.get("seconds/logps", 0.0)
         experience.metrics["seconds/logps"] = took + time.perf_counter() - began
         if accelerator.num_processes > 1:
             found = gather_object(found)
-        return [of for _, of in sorted(found, key=lambda pair: pair[0])]
+        return [of for _, of in sorted(dict(found).items())]
 
     def count(self, tree: Tree) -> Counts:
         """Completions that are computed, and their tokens that carry loss: what metrics are means over. The loss is divided

@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -34,7 +35,7 @@ class Stages:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._marks: list[tuple[str, float | torch.cuda.Event, float | torch.cuda.Event]] = []
+        self._marks: list[tuple[str, Any, Any]] = []  # begin and end: seconds, or CUDA events
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
@@ -49,15 +50,13 @@ class Stages:
             torch.cuda.synchronize(self.device)
         seconds: dict[str, float] = {}
         for name, began, ended in self._marks:
-            if isinstance(began, float) and isinstance(ended, float):
-                took = ended - began
-            else:
-                took = began.elapsed_time(ended) / 1000  # type: ignore[union-attr]  # events tell milliseconds
+            # events tell milliseconds
+            took = ended - began if isinstance(began, float) else began.elapsed_time(ended) / 1000
             seconds[name] = seconds.get(name, 0.0) + took
         self._marks = []
         return seconds
 
-    def _now(self) -> float | torch.cuda.Event:
+    def _now(self) -> Any:
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # passes are launched ahead of the device

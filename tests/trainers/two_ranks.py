@@ -76,13 +76,17 @@ METHODS = {
             gold_reward_funcs=num_letters,
         ),
     ),
+    "grpo-lora": (
+        GRPOTrainer,
+        dict(LORA, reward_funcs=num_words, max_completion_length=6, num_generations=2, beta=0.1),
+    ),
     "ppo": (PPOTrainer, dict(PPO, num_iterations=2)),  # one draw: the second step resumes in the middle of it
     "ppo-shared": (
         PPOTrainer,
         dict(PPO, num_iterations=1, critic="shared", target_kl=0.1, kl_horizon=50, whiten_rewards=True),
     ),
 }
-ON_POLICY = ("grpo", "ppo", "ppo-shared")  # which sample with whole weights: no fsdp
+ON_POLICY = ("grpo", "grpo-lora", "ppo", "ppo-shared")
 ROWS = {
     SFTTrainer: make_rows,
     GRPOTrainer: make_rows,
@@ -93,7 +97,7 @@ ROWS = {
 }
 RESUMED = ("sft", "dpo-lora", "dpo-precomputed", "kto", "reward", "grpo", "ppo", "ppo-shared")
 SHARDINGS = ("ddp", "fsdp")
-CASES = [(m, s) for m in METHODS for s in SHARDINGS if s == "ddp" or m not in ON_POLICY]
+CASES = [(m, s) for m in METHODS for s in SHARDINGS]
 
 
 class KeepGradients(TrainerCallback):
@@ -137,7 +141,8 @@ def run(folder: Path, method: str, fsdp: bool, resume: bool = False) -> None:
     state = {name: whole(tensor).clone().contiguous() for name, tensor in trainer.model.state_dict().items()}
     if trainer_class is PPOTrainer:
         state |= {
-            f"critic.{name}": tensor.clone() for name, tensor in trainer.module.critic.state_dict().items()
+            f"critic.{name}": whole(tensor).clone().contiguous()
+            for name, tensor in trainer.module.critic.state_dict().items()
         }
     if trainer.accelerator.is_main_process:
         suffix = "-resumed" if resume else ""
@@ -165,7 +170,7 @@ def main(root: Path) -> None:
     torch.set_num_threads(1)
     interrupt(root / "interrupted")
     for sharding in SHARDINGS:
-        for method in METHODS if sharding == "ddp" else [m for m in METHODS if m not in ON_POLICY]:
+        for method in METHODS:
             run(root / sharding / method, method, fsdp=sharding == "fsdp")
             if method in RESUMED:
                 run(root / sharding / method, method, fsdp=sharding == "fsdp", resume=True)
