@@ -313,6 +313,10 @@ def at(kl: float, curve: Sequence[tuple[float, float]]) -> float:
     return before[1]
 
 
+# What plain GRPO does with such feedback: the arm that others are compared with.
+PLAIN = {
+    "shift": "shift, plain", "sparse": "plain", "late": "late, dropped", "late_fast": "late, dropped", "hack": "mean",
+}  # fmt: skip
 ABLATIONS = {"shift": shift, "sparse": sparse, "late": late, "late_fast": late_fast, "hack": hack}
 
 
@@ -323,8 +327,8 @@ def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
     return mean, T[min(n - 1, len(T) - 1)] * spread / math.sqrt(n)
 
 
-def table(runs: Sequence[dict[str, Figures]]) -> str:
-    """Each arm's figures, and its differences from the first arm of the seed, as Markdown."""
+def table(runs: Sequence[dict[str, Figures]], plain: str) -> str:
+    """Each arm's figures, and its differences from the plain arm of the seed, as Markdown."""
     arms = list(runs[0])
     names = [
         name
@@ -332,15 +336,15 @@ def table(runs: Sequence[dict[str, Figures]]) -> str:
         if name in runs[0][arms[0]]
     ]
     lines = [
-        f"| arm | {' | '.join(names)} | gold less that of `{arms[0]}` |",
+        f"| arm | {' | '.join(names)} | gold less that of `{plain}` |",
         "| --- " * (len(names) + 2) + "|",
     ]
     for arm in arms:
         cells = [
             "{:.3g} ± {:.2g}".format(*mean_and_half_width([run[arm][name] for run in runs])) for name in names
         ]
-        difference = [run[arm]["gold"] - run[arms[0]]["gold"] for run in runs]
-        cells.append("" if arm == arms[0] else "{:+.3f} ± {:.3f}".format(*mean_and_half_width(difference)))
+        difference = [run[arm]["gold"] - run[plain]["gold"] for run in runs]
+        cells.append("" if arm == plain else "{:+.3f} ± {:.3f}".format(*mean_and_half_width(difference)))
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -368,7 +372,7 @@ def main() -> None:
             if str(seed) not in runs:
                 runs[str(seed)] = ABLATIONS[name](seed)
                 options.out.write_text(json.dumps(found, indent=1, allow_nan=False))
-        print(f"## {name}: {len(runs)} seeds\n{table(list(runs.values()))}\n", flush=True)
+        print(f"## {name}: {len(runs)} seeds\n{table(list(runs.values()), PLAIN[name])}\n", flush=True)
 
 
 if __name__ == "__main__":
