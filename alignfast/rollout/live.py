@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -52,7 +51,8 @@ class Request:
     left: int = 0
 
 
-class Drawn(NamedTuple):
+@dataclass(frozen=True)
+class Drawn:
     """What one step did for one sequence.
 
     Attributes:

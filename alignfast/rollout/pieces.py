@@ -60,7 +60,7 @@ class Pieces:
         before = self._decode(self._tokens[self._start : self._read])
         return self._decode(self._tokens[self._start :])[len(before) :]
 
-    def _decode(self, tokens: Sequence[int]) -> str:
+    def _decode(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _certain(self, new: str) -> str:

@@ -169,10 +169,8 @@ class Scheduler:
             self.waiting.remove(sequence)
             prompt = sequence.prompt
             prompt.left -= 1
-            if not prompt.left:
-                self.pages.give_back(
-                    prompt.pages
-                )  # computed for others that have started; none takes it over
+            if not prompt.left:  # it may be computed, for others that have started: nobody takes it over
+                self.pages.give_back(prompt.pages)
 
 
 def pages_needed(sequences: Iterable[Running], size: int, max_sequences: int) -> tuple[int, int]:

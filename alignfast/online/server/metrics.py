@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,7 +22,7 @@ class Metrics:
 
     def __init__(self, runner: Runner) -> None:
         self.registry, self._runner = CollectorRegistry(), runner
-        here = {"registry": self.registry}
+        here: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter(
             "alignfast_requests", "Requests answered", ["route", "method", "status"], **here
         )
