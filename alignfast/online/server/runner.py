@@ -181,7 +181,9 @@ class Runner:
             if serving is None or self._stopping:
                 raise QueueFull(1)
             if count > self.capacity:
-                raise ValueError(f"{count} answers were asked for, this server takes {self.capacity} on at most")
+                raise ValueError(
+                    f"{count} answers were asked for, this server takes {self.capacity} on at most"
+                )
             if self.in_flight + count > self.capacity:
                 raise QueueFull(self._retry_after(count))
             for ids in prompts:
