@@ -28,10 +28,12 @@ def killed(url: str, threads: int, rounds: int, seed: int) -> dict[tuple[int, in
         )
         assert writer.stdin is not None
         assert writer.stdout is not None
-        writer.stdin.write(json.dumps(following) + "\n")
-        writer.stdin.flush()
-        lines = [writer.stdout.readline() for _ in range(draw.randint(1, 8 * threads))]
-        writer.kill()
+        try:
+            writer.stdin.write(json.dumps(following) + "\n")
+            writer.stdin.flush()
+            lines = [writer.stdout.readline() for _ in range(draw.randint(1, 8 * threads))]
+        finally:
+            writer.kill()
         rest = writer.communicate()[0].splitlines()
         for line in [*lines, *rest]:
             thread, number, id = line.split()
