@@ -140,11 +140,6 @@ class GRPOTrainer(OnPolicyTrainer):
                 raise ValueError(
                     "late_max_age waits for no completions of a rollout_func: leave one of them out"
                 )
-            if self.args.engine == "vllm" and not self.args.vllm_importance_sampling_correction:
-                raise ValueError(
-                    "late_max_age with engine='vllm' needs vllm_importance_sampling_correction: its weights are those of "
-                    "late completions too"
-                )
             self.late = LateRewards(self, self.args.late_max_age)
 
     @property
