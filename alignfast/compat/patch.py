@@ -56,7 +56,9 @@ STATISTICS = {
     "is_top1": "is_top1",
 }  # fmt: skip
 # What may come with a call that is served: the sequences' borders are read from the position ids
-_HARMLESS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "return_dict", "use_cache"}
+_HARMLESS = {
+    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "return_dict", "seq_idx", "use_cache",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -157,27 +157,30 @@ def test_losses_and_metrics_are_trls(name: str, tmp_path: Path, monkeypatch: Any
     assert shared == (name not in ("sft", "kto"))  # those have no two answers to a prompt
 
 
+OPTIONS = [
+    ("sft", dict(padding_free=True, max_length=None, loss_type="dft")),
+    ("sft", dict(gradient_accumulation_steps=2, per_device_train_batch_size=2)),
+    ("dpo", dict(gradient_checkpointing=True, loss_type=["sigmoid", "sft"], ld_alpha=0.5)),
+    ("dpo", dict(use_weighting=True, precompute_ref_log_probs=True)),
+    ("grpo", dict(gradient_checkpointing=True, cast_lm_head_to_fp32=True, temperature=0.7, entropy_coef=0.1)),
+    ("grpo", dict(num_iterations=2, loss_type="grpo", importance_sampling_level="sequence")),
+    ("reward", dict(gradient_checkpointing=True, center_rewards_coefficient=0.1)),
+]
+QUICK = (0, 2)
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("sft", dict(padding_free=True, max_length=None, loss_type="dft")),
-        ("sft", dict(gradient_accumulation_steps=2, per_device_train_batch_size=2)),
-        ("dpo", dict(gradient_checkpointing=True, loss_type=["sigmoid", "sft"], ld_alpha=0.5)),
-        ("dpo", dict(use_weighting=True, precompute_ref_log_probs=True)),
-        (
-            "grpo",
-            dict(gradient_checkpointing=True, cast_lm_head_to_fp32=True, temperature=0.7, entropy_coef=0.1),
-        ),
-        ("grpo", dict(num_iterations=2, loss_type="grpo", importance_sampling_level="sequence")),
-        ("reward", dict(gradient_checkpointing=True, center_rewards_coefficient=0.1)),
+        pytest.param(*case, id=f"{case[0]} {' '.join(case[1])}", marks=[] if i in QUICK else pytest.mark.slow)
+        for i, case in enumerate(OPTIONS)
     ],
-    ids=lambda x: x if isinstance(x, str) else ", ".join(x),
 )
 def test_options_are_obeyed(name: str, options: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
     alike(MAKERS[name], tmp_path, monkeypatch, max_steps=3, **options)
 
 
-@pytest.mark.parametrize("name", ["dpo", "reward"])
+@pytest.mark.parametrize("name", [pytest.param("dpo", marks=pytest.mark.slow), "reward"])
 def test_lora(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     """The policy is its own reference without its adapters, and the reward model trains its head whole."""
     import peft
