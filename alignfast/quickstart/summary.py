@@ -90,7 +90,7 @@ def figure_rows(name: str, compared: dict[str, Comparison]) -> list[tuple[str, .
     """A row of figures for each model of one comparison, under `HEADERS`."""
     of = compared[name]
     seeds = [one for key, one in compared.items() if key != ALL]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for model, measured in of.models.items():
         rate = of.rate(model).rate
         won = f"{sum(one.beats_sft(model) for one in seeds)} of {len(seeds)}"
