@@ -245,7 +245,7 @@ def _target(connection: Connection, vote: Vote, request: Request) -> tuple[str, 
         prompts = {json.dumps(row.prompt, sort_keys=True) for row in named.values()}
         if len(prompts) > 1:
             raise ValueError(f"a {vote.kind} is of answers to one prompt; these answer {len(prompts)}")
-        target, among = "among:" + " ".join(vote.among), vote.among
+        target, among = _named_target(connection, vote, named), vote.among
     else:
         group_id = named[vote.response_id].group_id
         if group_id is None:
@@ -256,6 +256,16 @@ def _target(connection: Connection, vote: Vote, request: Request) -> tuple[str, 
         target, among = f"group:{group_id}", tuple(sorted(group))
     _check_comparison(vote, among)
     return target, among
+
+
+def _named_target(connection: Connection, vote: Vote, named: dict[str, Any]) -> str:
+    """Who names all of a group means the group, so that this vote and one that names none replace each other."""
+    groups = {named[id].group_id for id in vote.among}
+    if len(groups) == 1 and None not in groups:
+        (group_id,) = groups
+        if {row.id for row in connection.execute(_GROUP, {"group": group_id})} == {*vote.among}:
+            return f"group:{group_id}"
+    return "among:" + " ".join(vote.among)
 
 
 def _to_vote_on(rows: Iterable[Any], vote: Vote, request: Request) -> dict[str, Any]:

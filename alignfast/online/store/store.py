@@ -26,6 +26,7 @@ from alignfast.online.feedback import Judged, Kind, Shown, Vote, check_id, is_st
 from alignfast.online.store import tables
 from alignfast.online.store.database import Result, Writer, connect, writing
 from alignfast.online.store.deletion import Deleted, delete_user, expire
+from alignfast.online.store.duels import Duels, find_duels
 from alignfast.online.store.files import FileKind, write_lines
 from alignfast.online.store.keys import Keys, token_hash
 from alignfast.online.store.records import (
@@ -271,6 +272,11 @@ class Store:
         """Votes with the answers that they are about; those whose answers were deleted since are left out."""
         with self.read() as connection:
             return join_answers(connection, votes)
+
+    def duels(self, version: str) -> list[Duels]:
+        """How a canary did against the version that served, a voter a row; see `duels.find_duels`."""
+        with self.read() as connection:
+            return find_duels(connection, version)
 
     # What has learned from it
 

@@ -143,6 +143,8 @@ versions = Table(
     Column("created", Double, nullable=False),
     Column("status", Text, nullable=False),
     Column("reasons", JSON, nullable=False),
+    Column("share", Double),  # of the users who meet it as the canary
+    Column("figures", JSON, nullable=False),
 )
 
 promotions = Table(

@@ -7,8 +7,8 @@ version; rolling back promotes the one that served before it, so that history is
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from sqlalchemy import Connection, insert, select, update
@@ -37,6 +37,8 @@ class Version:
         created: seconds since 1970.
         status: what became of it.
         reasons: for that, in words.
+        share: of the users who meet it as the canary; None: it never was.
+        figures: what its making measured, as JSON can hold it.
     """
 
     name: str
@@ -47,6 +49,8 @@ class Version:
     created: float
     status: Status
     reasons: tuple[str, ...] = ()
+    share: float | None = None
+    figures: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,21 +121,68 @@ class Versions:
             return [one for one in _all(connection).values() if kind in (None, one.kind)]
 
     def set_status(self, name: str, status: Status, reasons: Sequence[str] = ()) -> None:
-        """Say what became of a version, and why; `promote` and `roll_back` say it themselves.
+        """Say what became of a version, and why; `set_canary`, `promote` and `roll_back` say it themselves.
 
         Raises:
-            ValueError: there is no such version or status.
+            ValueError: there is no such version or status, or it is the canary's.
         """
         if status not in get_args(Status):
             raise ValueError(
                 f"a version's status must be one of {', '.join(get_args(Status))}, got {status!r}"
             )
+        if status == "canary":
+            raise ValueError("a canary needs its share of the users: call set_canary(name, share)")
 
         def work(connection: Connection) -> None:
             _get(connection, name)
             _set(connection, name, status, reasons)
 
         self._store.write(work)
+
+    def set_figures(self, name: str, figures: Mapping[str, Any]) -> None:
+        """Keep what the making of a version measured, in place of what was kept before.
+
+        Raises:
+            ValueError: there is no such version.
+        """
+
+        def work(connection: Connection) -> None:
+            _get(connection, name)
+            changed = update(versions).where(versions.c.name == name)
+            connection.execute(changed.values(figures=dict(figures)))
+
+        self._store.write(work)
+
+    def set_canary(self, name: str, share: float) -> None:
+        """Have a policy duel with the version that serves, before a share of the users, until its status changes.
+
+        Args:
+            name: of the version.
+            share: of the users, above 0 and at most 1; a user is in it or not by their name and the version's.
+
+        Raises:
+            ValueError: there is no such policy, another one is the canary, it serves, or the share is out of range.
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"a canary's share must be above 0 and at most 1, got {share}")
+
+        def work(connection: Connection) -> None:
+            found, before = _get(connection, name), _canary(connection)
+            if found.kind != "policy":
+                raise ValueError(f"{name!r} is a {found.kind} model: only a policy answers users")
+            if before is not None and before.name != name:
+                raise ValueError(f"{before.name!r} is the canary: set its status before {name!r} becomes it")
+            if _served(connection, "policy")[-1:] == [name]:
+                raise ValueError(f"{name!r} serves: it can't duel with itself")
+            _set(connection, name, "canary", found.reasons)
+            connection.execute(update(versions).where(versions.c.name == name).values(share=share))
+
+        self._store.write(work)
+
+    def canary(self) -> Version | None:
+        """The version that duels with the one that serves; None: there is none."""
+        with self._store.read() as connection:
+            return _canary(connection)
 
     def promote(self, name: str) -> Version:
         """Make a version the one that serves, among those of its kind."""
@@ -247,6 +298,11 @@ def with_descendants(connection: Connection, names: Iterable[str]) -> list[str]:
 def _all(connection: Connection) -> dict[str, Version]:
     statement = select(versions).order_by(versions.c.created, versions.c.name)
     return {row.name: _version(row) for row in connection.execute(statement)}
+
+
+def _canary(connection: Connection) -> Version | None:
+    row = connection.execute(select(versions).where(versions.c.status == "canary")).one_or_none()
+    return None if row is None else _version(row)
 
 
 def _get(connection: Connection, name: str) -> Version:
