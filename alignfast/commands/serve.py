@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
-from typing import Any
 
 from alignfast.commands.parser import parse_options
 
-_NEEDS = ("fastapi", "uvicorn", "prometheus_client")
+_NEEDS = ("fastapi", "uvicorn", "prometheus_client", "sqlalchemy", "alembic")
 
 
 @dataclass(frozen=True)
 class ServeOptions:
     """What is served, where, and what it takes on."""
 
-    model: str
-    """Folder or hub name of the model, or of adapters, in safetensors."""
-    db: str | None = None
-    """Where answers and votes are kept. None: in memory, until the server stops."""
+    model: str | None = None
+    """Folder or hub name of the model, or of adapters, in safetensors: what serves first. Once the database says a
+    version that serves, it is that one."""
+    db: str = "sqlite:///feedback.db"
+    """Database of answers, votes, keys and versions: sqlite:///FILE or postgresql://USER@HOST/NAME."""
     host: str = "127.0.0.1"
-    """Address to listen on. Others than the loopback need a key, in ALIGNFAST_API_KEY or ALIGNFAST_ADMIN_KEY."""
+    """Address to listen on. Others than the loopback need a key: `alignfast keys make`."""
     port: int = 8000
     """Port to listen on; 0 takes a free one."""
     served_model_name: str | None = None
@@ -45,6 +44,14 @@ class ServeOptions:
     """From a request to the end of its answer; what takes longer is told 504."""
     session_hours: float = 12.0
     """A browser's cookie is good for so long."""
+    max_votes: int | None = 1000
+    """Votes that one user may give in `votes_period`, all anonymous ones together; more are told 429."""
+    votes_period: float = 3600.0
+    """Of that, in seconds."""
+    redact: str | None = None
+    """package.module:function, called with each text before it is stored; what it returns is stored."""
+    retention_days: float | None = None
+    """Delete answers, and the votes on them, so many days after they were shown. None: keep them."""
     dtype: str = "auto"
     """Type of the weights: float32, bfloat16, float16, or auto for the model's own."""
     trust_remote_code: bool = False
@@ -62,47 +69,35 @@ def run(command: str, argv: Sequence[str]) -> None:
     import torch
     from rich.console import Console
 
-    from alignfast.online.server.recorder import make_recorder
     from alignfast.online.server.run import check_address, serve
     from alignfast.online.server.service import Limits, Service
-    from alignfast.online.server.versions import folder_of
+    from alignfast.online.server.versions import first_version, served_name
+    from alignfast.online.store import Store
+    from alignfast.online.store.redact import load_redact
 
+    if options.retention_days is not None and not options.retention_days > 0:
+        raise ValueError(f"retention_days must be above 0, got {options.retention_days}")
     limits = Limits(**{field.name: getattr(options, field.name) for field in fields(Limits)})
-    recorder = make_recorder(options.db, keys_of(os.environ))
-    name = options.served_model_name or folder_of(options.model).resolve().name
-    service = Service(name, recorder, limits)
-    check_address(service, options.host)
-    service.runner.start()
-    version = service.swap(
-        options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code,
-        device="cuda" if torch.cuda.is_available() and not options.use_cpu else "cpu",
-    )  # fmt: skip
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"model {name!r}, version {version.name}, weights {version.weights[:12]}")
-    console.print(_who_may_ask(service.keyless))
-    if options.db is None:
-        console.print("answers and votes are kept in memory, and are gone when the server stops")
-    serve(service, options.host, options.port)
-
-
-def keys_of(environment: Mapping[str, str]) -> dict[str, Any]:
-    """The keys in the environment, where no list of processes shows them, and who they are.
-
-    Raises:
-        ValueError: the two are the same, or one is too short to be safe.
-    """
-    from alignfast.online.server.recorder import Caller
-
-    known = {"ALIGNFAST_API_KEY": Caller("key"), "ALIGNFAST_ADMIN_KEY": Caller("admin", "admin")}
-    found = {name: environment[name] for name in known if environment.get(name)}
-    for name, key in found.items():
-        if len(key) < 16:
-            raise ValueError(
-                f"{name} has {len(key)} characters; make one of 16 or more: openssl rand -hex 24"
-            )
-    if len(set(found.values())) < len(found):
-        raise ValueError("ALIGNFAST_API_KEY and ALIGNFAST_ADMIN_KEY must differ")
-    return {key: known[name] for name, key in found.items()}
+    loading = {
+        "dtype": options.dtype, "trust_remote_code": options.trust_remote_code,
+        "device": "cuda" if torch.cuda.is_available() and not options.use_cpu else "cpu",
+    }  # fmt: skip
+    redact = None if options.redact is None else load_redact(options.redact)
+    opened = Store.open(options.db, redact=redact, max_votes=options.max_votes, period=options.votes_period)
+    with opened as store:
+        name = options.served_model_name or served_name(store, options.model)
+        service = Service(name, store, limits, loading)
+        check_address(service, options.host)
+        first = first_version(store, options.model)
+        service.runner.start()
+        version = service.load(first)
+        console = Console(highlight=False, soft_wrap=True)
+        console.print(
+            f"model {name!r}, version {version.name}, weights {version.weights[:12]}, of {first.path}"
+        )
+        console.print(_who_may_ask(service.keyless))
+        console.print(f"answers and votes are kept in {options.db}")
+        serve(service, options.host, options.port, retention_days=options.retention_days)
 
 
 def _who_may_ask(keyless: bool) -> str:

@@ -1,9 +1,11 @@
 """From a body to an answer: whole, or as a stream of server-sent events.
 
-    job -> ticket -> steps -> pieces of each choice -> kept by the recorder -> its end is told
+    job -> ticket -> steps -> pieces of each choice -> kept in the store -> its end is told
 
 An answer is kept before its end is told, so that a vote on it can't come too early. A reader who leaves ends the drawing
-before the next step; what a stream had shown until then is kept as `cancelled`.
+before the next step; what a stream had shown until then is kept as `cancelled`. Answers to one prompt are a group. Where
+two are to be compared and the user is in the canary's share, they duel: the canary draws one of them, on a side that lots
+are drawn for, and neither says its version.
 """
 
 from __future__ import annotations
@@ -20,12 +22,15 @@ from typing import Any
 from fastapi.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
+from alignfast.online.feedback import Shown
 from alignfast.online.server.errors import ApiError
-from alignfast.online.server.recorder import Caller, Shown
+from alignfast.online.server.guard import Caller
 from alignfast.online.server.runner import GenerationFailed, QueueFull, Ticket
 from alignfast.online.server.schema import ChatRequest, CompletionRequest, Generating
 from alignfast.online.server.service import Service
 from alignfast.online.server.shapes import ChatShape, Choice, Frame, TextShape, TokenLogprob, Usage
+from alignfast.online.server.votes import episode_of
+from alignfast.online.store.duels import DUEL
 from alignfast.rollout.live import Drawn
 from alignfast.rollout.pieces import Pieces
 from alignfast.rollout.sampling import Prompt, Sampling
@@ -43,6 +48,7 @@ class Job:
         sampling: of each prompt.
         numbers: by which the answers' random numbers are keyed.
         began: by the monotonic clock.
+        canary_at: which of the two prompts of a duel the canary answers; they are one and the same. None: no duel.
     """
 
     shape: ChatShape | TextShape
@@ -52,6 +58,7 @@ class Job:
     body: Generating
     caller: Caller
     began: float
+    canary_at: int | None = None
 
     @property
     def logprobs(self) -> bool:
@@ -82,6 +89,9 @@ async def make_job(service: Service, body: ChatRequest | CompletionRequest, call
     if len(prompts) * n > limits.max_answers:
         raise _beyond("n", len(prompts) * n, limits.max_answers)
     seed, numbers = service.seed_of(body.seed, len(prompts) * n)
+    canary_at = service.side_of(caller.user) if body.alignfast.pair and body.kept else None
+    if canary_at is not None:
+        prompts, n = prompts * 2, 1
     sampling = Sampling(
         max_new_tokens=asked or limits.max_tokens,
         temperature=1.0 if body.temperature is None else body.temperature,
@@ -97,7 +107,7 @@ async def make_job(service: Service, body: ChatRequest | CompletionRequest, call
     except Exception as error:  # a chat template may refuse in any way that Jinja has
         param = "messages" if isinstance(body, ChatRequest) else "prompt"
         raise ApiError(422, f"the prompt can't be read: {error}", param=param) from error
-    return Job(shape, tuple(zip(prompts, encoded)), sampling, numbers, body, caller, began)
+    return Job(shape, tuple(zip(prompts, encoded)), sampling, numbers, body, caller, began, canary_at)
 
 
 def _beyond(param: str, value: int, limit: int) -> ApiError:
@@ -111,7 +121,9 @@ async def answer(service: Service, job: Job, receive: Receive) -> Response:
         ApiError: 422 for a prompt that leaves no room, 429, 500 or 504.
     """
     try:
-        ticket = service.runner.submit([ids for _, ids in job.prompts], job.sampling, job.numbers)
+        ticket = service.runner.submit(
+            [ids for _, ids in job.prompts], job.sampling, job.numbers, job.canary_at
+        )
     except QueueFull as full:
         headers = {"Retry-After": str(full.retry_after_s)}
         raise ApiError(429, str(full), code="rate_limit_exceeded", headers=headers) from full
@@ -134,10 +146,11 @@ class Answering:
         name, n = f"{job.shape.prefix}-{uuid.uuid4().hex}", ticket.num_sequences
         ids = [name] if n == 1 else [f"{name}-{i}" for i in range(n)]
         self.choices = [Choice(i, id, logprobs=[] if job.logprobs else None) for i, id in enumerate(ids)]
-        self.kept = job.body.store is not False
+        versions = dict.fromkeys(map(ticket.version, range(n)))
+        self.duel = None if job.canary_at is None or len(versions) < 2 else ticket.version(job.canary_at).name
         self.frame = Frame(
-            job.shape, name, int(time.time()), service.name, ticket.serving.version,
-            tuple(self._told_of(choice) for choice in self.choices) if self.kept else (),
+            job.shape, name, int(time.time()), service.name, None if self.duel else next(iter(versions)),
+            tuple(self._told_of(choice) for choice in self.choices) if job.body.kept else (),
         )  # fmt: skip
         self._pieces = [Pieces(service.tokenizer, job.sampling.stop) for _ in ids]
         self._started = False
@@ -230,27 +243,36 @@ class Answering:
 
     async def _keep(self, choice: Choice) -> None:
         """Have an answer recorded; who asked not to be stored is not."""
-        if not self.kept:
+        if not self.job.body.kept:
             return
-        n = self.job.sampling.n
-        prompt, ids = self.job.prompts[choice.index // n]
-        sampling, version = self.job.sampling, self.ticket.serving.version
-        shown = Shown(
-            response_id=choice.response_id, user=self.job.caller.user, episode_id=self.job.body.episode_id,
-            prompt=prompt, prompt_ids=ids, token_ids=tuple(choice.token_ids), logps=tuple(choice.logps),
-            sampled_logps=tuple(choice.sampled_logps), text=choice.text,
-            finish_reason=choice.finish_reason or "cancelled", version=version.name, weights=version.weights,
-            sampling={name: getattr(sampling, name) for name in _KEPT_OPTIONS}, created=time.time(),
-        )  # fmt: skip
         try:
-            await asyncio.to_thread(self.service.recorder.record, shown)
+            await self.service.in_store(lambda: self.service.store.record_shown(self._shown(choice)))
         except Exception as error:
             log.exception("an answer could not be stored")
             raise ApiError(503, "the answer could not be stored, so it is not given") from error
 
+    def _shown(self, choice: Choice) -> Shown:
+        job = self.job
+        of_prompt = choice.index // job.sampling.n
+        prompt, ids = job.prompts[of_prompt]
+        version = self.ticket.version(choice.index)
+        sampling = {name: getattr(job.sampling, name) for name in _KEPT_OPTIONS}
+        group_id = None if job.sampling.n == 1 else f"{self.frame.id}-p{of_prompt}"
+        if job.canary_at is not None:
+            group_id = self.frame.id
+        return Shown(
+            id=choice.response_id, prompt=self.service.as_text(prompt), text=choice.text, user=job.caller.user,
+            episode_id=episode_of(job.caller.user, job.body.episode_id), turn=_turn(prompt), group_id=group_id,
+            prompt_ids=ids, completion_ids=tuple(choice.token_ids), logps=tuple(choice.logps),
+            sampled_logps=tuple(choice.sampled_logps), finish_reason=choice.finish_reason or "cancelled",
+            sampling=sampling | ({DUEL: self.duel} if self.duel else {}),
+            policy_version=version.name, weights_hash=version.weights,
+        )  # fmt: skip
+
     def _usage(self) -> Usage:
+        prompts = self.job.prompts if self.job.canary_at is None else self.job.prompts[:1]
         return Usage(
-            sum(len(ids) for _, ids in self.job.prompts),
+            sum(len(ids) for _, ids in prompts),
             sum(len(choice.token_ids) for choice in self.choices),
         )
 
@@ -266,6 +288,11 @@ class Answering:
         for choice in unfinished:
             if shown and choice.text:
                 self.service.spawn(self._keep(choice))
+
+
+def _turn(prompt: Any) -> int:
+    """How many answers came before in a conversation."""
+    return sum(isinstance(turn, dict) and turn["role"] == "assistant" for turn in prompt)
 
 
 _KEPT_OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")

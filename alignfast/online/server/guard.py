@@ -1,12 +1,13 @@
 """Who asks, before any route runs: a key, a signed cookie, or a token that allows votes on one response.
 
     token  = "fbt-" + response_id + "." + HMAC(secret, "vote" | response_id)
-    cookie = base64(JSON [user, end]) + "." + HMAC(secret, "user" | base64)
+    cookie = base64(JSON [user, end, role]) + "." + HMAC(secret, "user" | base64)
 
 Whatever is not named open here is refused without a good key, so that a new route is guarded before anybody thinks of
 it. With no key at all the server is on the loopback, and whoever reaches it owns the machine's session; the Host header
 must then name the loopback, which keeps out pages that point a name of theirs at it.
-Not done here: TLS (a proxy's), limits on a user's rate.
+Keys, their roles and the secret are the store's.
+Not done here: TLS (a proxy's), limits on a user's rate of answers.
 """
 
 from __future__ import annotations
@@ -18,17 +19,63 @@ import json
 import re
 import secrets
 import time
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
+from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from alignfast.online.feedback import ANONYMOUS
 from alignfast.online.server.errors import ApiError
-from alignfast.online.server.recorder import Caller, Recorder
+from alignfast.online.store.keys import Role
+
+if TYPE_CHECKING:
+    from alignfast.online.server.service import Service
 
 COOKIE, TOKEN = "alignfast_session", "fbt-"
 OPEN, VOTING = frozenset({"/health"}), "/v1/feedback"
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 _BODY_SECONDS = 30  # for a body to arrive
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks.
+
+    Attributes:
+        user: whose vote it is; `anonymous` for all who hold a response's token and nothing else.
+        role: what is allowed.
+        response_id: the one response that a token lets its holder vote on, whoever it was shown to.
+        by: how the caller was known; a cookie is given for a key alone.
+    """
+
+    user: str
+    role: Role = "user"
+    response_id: str | None = None
+    by: Literal["key", "cookie", "token", "loopback"] = "key"
+
+    @property
+    def own(self) -> str:
+        """Whose idempotency keys are one set: holders of tokens share their name and nothing else."""
+        return self.user if self.by != "token" else f"{self.user}/{self.response_id}"
+
+
+def caller_of(request: Request) -> Caller:
+    """Who the guard found to ask."""
+    caller: Caller = request.state.caller
+    return caller
+
+
+def require(request: Request, *roles: Role) -> Caller:
+    """Who asks, if they may.
+
+    Raises:
+        ApiError: 403 for another role.
+    """
+    caller = caller_of(request)
+    if caller.role not in roles:
+        raise ApiError(403, f"this needs a key of role {' or '.join(roles)}; yours is {caller.role}")
+    return caller
 
 
 class Signer:
@@ -52,18 +99,19 @@ class Signer:
         response_id, _, mac = token.removeprefix(TOKEN).rpartition(".")
         return response_id if _same(mac, self._sign("vote", response_id)) else None
 
-    def cookie(self, user: str, seconds: float) -> str:
-        """Says who a browser's user is, for some time."""
-        body = _text(json.dumps([user, int(time.time() + seconds)]).encode())
+    def cookie(self, user: str, seconds: float, role: Role = "user") -> str:
+        """Says who a browser's user is, for some time; an admin's rights are never in one."""
+        role = "annotator" if role == "annotator" else "user"
+        body = _text(json.dumps([user, int(time.time() + seconds), role]).encode())
         return f"{body}.{self._sign('user', body)}"
 
-    def user_of(self, cookie: str) -> str | None:
-        """The user of a cookie; None if it was not made here or is over."""
+    def caller_of(self, cookie: str) -> Caller | None:
+        """Who a cookie is of; None if it was not made here or is over."""
         body, _, mac = cookie.rpartition(".")
         if not _same(mac, self._sign("user", body)):
             return None
-        user, end = json.loads(base64.urlsafe_b64decode(body + "=="))
-        return str(user) if time.time() < end else None
+        user, end, role = json.loads(base64.urlsafe_b64decode(body + "=="))
+        return Caller(str(user), role, by="cookie") if time.time() < end else None
 
     def _sign(self, purpose: str, text: str) -> str:
         digest = hmac.digest(self._secret, f"{purpose}|{text}".encode(errors="replace"), "sha256")
@@ -84,13 +132,11 @@ class Guard:
 
     Args:
         app: behind it.
-        recorder: that knows the keys.
-        signer: of cookies and tokens.
-        keyless: whether there are no keys, so that the loopback alone may ask.
+        service: whose store knows the keys.
     """
 
-    def __init__(self, app: ASGIApp, recorder: Recorder, signer: Signer, keyless: bool) -> None:
-        self.app, self.recorder, self.signer, self.keyless = app, recorder, signer, keyless
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app, self.service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -109,35 +155,38 @@ class Guard:
     async def _caller(self, scope: Scope) -> Caller:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get(b"host", "")
-        if self.keyless and re.sub(r":\d*$", "", host) not in _LOOPBACK:
+        service, keyless = self.service, self.service.keyless
+        if keyless and re.sub(r":\d*$", "", host) not in _LOOPBACK:
             raise ApiError(403, f"without a key the server answers to localhost alone, not to {host!r}")
         scheme, _, key = headers.get(b"authorization", "").partition(" ")
         if key and scheme.lower() != "bearer":
             raise _unknown("expected 'Authorization: Bearer KEY'")
-        user = self._cookie_user(headers)
+        known = self._of_cookie(headers)
         if key.startswith(TOKEN):
-            response_id = self.signer.response_of(key)
+            response_id = self.service.signer.response_of(key)
             if response_id is None or scope["path"] != VOTING:
                 raise _unknown(f"the token is for votes on one response, at {VOTING}")
-            if user is not None:
-                return Caller(user, response_id=response_id, by="cookie")
-            return Caller("anonymous", anonymous=True, response_id=response_id, by="token")
-        if self.keyless:  # a key is not looked at: OpenAI's client always sends one
-            return Caller(user or "local", "admin", by="cookie" if user else "loopback")
+            return (
+                Caller(ANONYMOUS, "user", response_id, "token")
+                if known is None
+                else replace(known, response_id=response_id)
+            )
+        if keyless:  # a key is not looked at: OpenAI's client always sends one
+            return Caller("local", "admin", by="loopback") if known is None else replace(known, role="admin")
         if key:
-            caller = await asyncio.to_thread(self.recorder.user_of, key)
-            if caller is None:
+            found = await service.in_store(lambda: service.store.keys.check(key))
+            if found is None:
                 raise _unknown("the key is not good")
-            return caller
-        if user is not None:
-            return Caller(user, by="cookie")
+            return Caller(found.user, found.role)
+        if known is not None:
+            return known
         raise _unknown("a key is needed: 'Authorization: Bearer KEY'")
 
-    def _cookie_user(self, headers: dict[bytes, str]) -> str | None:
+    def _of_cookie(self, headers: dict[bytes, str]) -> Caller | None:
         for part in headers.get(b"cookie", "").split(";"):
             name, _, value = part.strip().partition("=")
             if name == COOKIE:
-                return self.signer.user_of(value)
+                return self.service.signer.caller_of(value)
         return None
 
 

@@ -33,20 +33,26 @@ def check_address(service: Service, host: str) -> None:
     """
     if service.keyless and not is_loopback(host):
         raise ValueError(
-            f"host={host!r} can be reached by others and there is no key: set ALIGNFAST_API_KEY and ALIGNFAST_ADMIN_KEY, or "
-            "listen on 127.0.0.1"
+            f"host={host!r} can be reached by others and there is no key: make one with `alignfast keys make USER "
+            "--role admin --db ...`, or listen on 127.0.0.1"
         )
 
 
-def serve(service: Service, host: str, port: int) -> None:
+def serve(service: Service, host: str, port: int, *, retention_days: float | None = None) -> None:
     """Listen until a signal; returns when the last answer has ended.
+
+    Args:
+        service: of the routes.
+        host: address to listen on.
+        port: to listen on.
+        retention_days: how long answers are kept; None: for ever.
 
     Raises:
         ValueError: as `check_address`.
     """
     check_address(service, host)
     config = uvicorn.Config(
-        make_app(service), host=host, port=port, access_log=False, log_level="info", server_header=False,
+        make_app(service, retention_days=retention_days), host=host, port=port, access_log=False, log_level="info", server_header=False,
         timeout_graceful_shutdown=int(service.limits.request_seconds) + 5,
     )  # fmt: skip
     # uvicorn sends itself the signal again when all is done, which would end the process as if it had been killed

@@ -4,7 +4,8 @@
     handler: async for drawn in ticket, or cancel(ticket), which is done before the next step
 
 A version has an engine of its own. When another one is opened, new requests go to it and the old one runs empty: no
-request waits or is cut, every answer comes from one version whole, and while both run both are in memory.
+request waits or is cut, every answer comes from one version whole, and while both run both are in memory. A canary's
+engine runs beside the current one, and gets the prompts that are named for it.
 """
 
 from __future__ import annotations
@@ -55,17 +56,21 @@ class Ticket:
     """Tokens of what was submitted, as they come.
 
     Attributes:
-        serving: the engine that draws them.
+        servings: the engine that draws each prompt's.
         num_sequences: completions in all, those of the first prompt first.
     """
 
-    def __init__(self, serving: Serving, num_sequences: int) -> None:
-        self.serving, self.num_sequences = serving, num_sequences
+    def __init__(self, servings: Sequence[Serving], num_sequences: int) -> None:
+        self.servings, self.num_sequences = tuple(servings), num_sequences
         self.first_of: dict[Request, int] = {}  # number of a request's first completion
         self.left = num_sequences
         self.closed = False
         self.loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[list[Drawn] | Exception] = asyncio.Queue()
+
+    def version(self, index: int) -> Version:
+        """That draws a completion."""
+        return self.servings[index * len(self.servings) // self.num_sequences].version
 
     def put(self, what: list[Drawn] | Exception) -> None:
         """For the loop's own thread."""
@@ -106,6 +111,7 @@ class Runner:
 
     Attributes:
         current: where new requests go; None before the first version is opened.
+        canary: where the prompts go that are named for it; None: there is none.
         fault: what the last step died of; None since one went well.
     """
 
@@ -113,6 +119,7 @@ class Runner:
         self.capacity = max_sequences + max_queue
         self.max_sequences = max_sequences
         self.current: Serving | None = None
+        self.canary: Serving | None = None
         self.fault: str | None = None
         self.in_flight = 0  # completions submitted and not ended
         self._servings: list[Serving] = []
@@ -130,7 +137,7 @@ class Runner:
 
     @property
     def num_engines(self) -> int:
-        """Versions in memory: two while an old one runs empty."""
+        """Versions in memory: the current one, the canary, and old ones that run empty."""
         return len(self._servings)
 
     @property
@@ -150,8 +157,10 @@ class Runner:
         if self._thread.is_alive():
             self._thread.join()
 
-    def open(self, make: Callable[[], LiveEngine], version: Version) -> Future[Version]:
-        """Make an engine in the thread, between two steps, and send new requests to it."""
+    def open(
+        self, make: Callable[[], LiveEngine], version: Version, *, canary: bool = False
+    ) -> Future[Version]:
+        """Make an engine in the thread, between two steps, and send new requests to it, or a canary's alone."""
         done: Future[Version] = Future()
 
         def opened() -> None:
@@ -162,14 +171,38 @@ class Runner:
                 return
             with self._changed:
                 self._servings.append(serving)
-                self.current = serving
+                if canary:
+                    self.canary = serving
+                else:
+                    self.current = serving
             done.set_result(version)
 
         self._post(opened)
         return done
 
-    def submit(self, prompts: Sequence[Sequence[int]], sampling: Sampling, numbers: Sequence[int]) -> Ticket:
+    def end_canary(self, *, promote: bool = False) -> None:
+        """Have no canary from the next request on; with `promote` it is the current version from then on."""
+        with self._changed:
+            if promote:
+                assert self.canary is not None
+                self.current = self.canary
+            self.canary = None
+        self._post(lambda: None)  # so that the thread closes what has run empty
+
+    def submit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        numbers: Sequence[int],
+        canary_at: int | None = None,
+    ) -> Ticket:
         """Queue `sampling.n` completions of each prompt, to be called in the loop that reads the ticket.
+
+        Args:
+            prompts: tokens of each.
+            sampling: of each.
+            numbers: of each completion, by which its random numbers are keyed.
+            canary_at: place of the prompt that the canary draws, if there is a canary still.
 
         Raises:
             QueueFull: there is no room.
@@ -186,11 +219,14 @@ class Runner:
                 )
             if self.in_flight + count > self.capacity:
                 raise QueueFull(self._retry_after(count))
-            for ids in prompts:
-                serving.engine.check(ids, sampling)
-            ticket = Ticket(serving, count)
+            other = self.canary or serving
+            servings = [other if i == canary_at else serving for i in range(len(prompts))]
+            for each, ids in zip(servings, prompts):
+                each.engine.check(ids, sampling)
+            ticket = Ticket(servings, count)
             self.in_flight += count
-            serving.num_tickets += 1
+            for each in servings:
+                each.num_tickets += 1
         self._post(lambda: self._submitted(ticket, prompts, sampling, numbers))
         return ticket
 
@@ -231,7 +267,8 @@ class Runner:
             return
         n = sampling.n
         for i, ids in enumerate(prompts):
-            request = ticket.serving.engine.submit(ids, sampling, numbers=numbers[i * n : (i + 1) * n])
+            engine = ticket.servings[i].engine
+            request = engine.submit(ids, sampling, numbers=numbers[i * n : (i + 1) * n])
             ticket.first_of[request] = i * n
             self._tickets[request] = ticket
 
@@ -269,17 +306,19 @@ class Runner:
         if ticket.closed:
             return
         ticket.closed = True
-        for request in ticket.first_of:
-            ticket.serving.engine.cancel(request)
+        for request, serving in zip(ticket.first_of, ticket.servings):
+            serving.engine.cancel(request)
             del self._tickets[request]
         with self._changed:
             self.in_flight -= ticket.num_sequences
-            ticket.serving.num_tickets -= 1
+            for serving in ticket.servings:
+                serving.num_tickets -= 1
         self._ended_at.extend([time.monotonic()] * ticket.num_sequences)
 
     def _retire(self) -> None:
         with self._changed:
-            empty = [s for s in self._servings if s is not self.current and not s.num_tickets]
+            kept = (self.current, self.canary)
+            empty = [s for s in self._servings if s not in kept and not s.num_tickets]
             self._servings = [s for s in self._servings if s not in empty]
         for serving in empty:
             serving.engine.close()

@@ -1,9 +1,10 @@
 """What a body may hold. Obey or refuse: a field that is not here is an error, and one that OpenAI has and this server
 does not do is taken at the value that means nothing alone.
 
-Ours beside OpenAI's: `top_k`, `min_p`, `episode_id` (a conversation that can be voted on as a whole), and `store`, which
-says whether an answer is kept to be learned from (true unless said otherwise). `user` has no effect: who asks is known by
-the key or the cookie.
+Ours beside OpenAI's: `top_k`, `min_p`, `episode_id` (a conversation that can be voted on as a whole), and `alignfast`:
+{"store": whether the answer is kept to be learned from, as OpenAI's `store` says too (true unless said otherwise),
+"pair": whether the two answers are to be compared, so that one of them may be the canary's}. `user` has no effect: who
+asks is known by the key or the cookie.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _COLDEST = 1e-6  # of sample_tokens
 
 Id: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.:-]+$")]
+Place: TypeAlias = Annotated[list[Id], Field(min_length=1, max_length=16)]  # of a ranking, shared by a tie
 Token: TypeAlias = Annotated[int, Field(ge=0, lt=2**31)]
 StopText: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
@@ -48,6 +50,13 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
+class Ours(Body):
+    """What OpenAI's routes have no field for."""
+
+    store: bool | None = None
+    pair: bool = False
+
+
 class Generating(Body):
     """What both routes take."""
 
@@ -65,6 +74,7 @@ class Generating(Body):
     store: bool | None = None
     episode_id: Id | None = None
     user: str | None = None
+    alignfast: Ours = Ours()
 
     @model_validator(mode="before")
     @classmethod
@@ -93,6 +103,11 @@ class Generating(Body):
         if self.stream_options is not None and not self.stream:
             raise ValueError("'stream_options' is for 'stream': true")
         return self
+
+    @property
+    def kept(self) -> bool:
+        """Whether the answer may be stored."""
+        return self.store is not False and self.alignfast.store is not False
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -134,6 +149,12 @@ class ChatRequest(Generating):
             raise ValueError("'max_tokens' and 'max_completion_tokens' are one option: give one")
         return self
 
+    @model_validator(mode="after")
+    def _two_of_a_pair(self) -> ChatRequest:
+        if self.alignfast.pair and self.n != 2:
+            raise ValueError(f"a pair is of two answers: 'n' must be 2, got {self.n}")
+        return self
+
 
 class CompletionRequest(Generating):
     """Of /v1/completions."""
@@ -145,6 +166,13 @@ class CompletionRequest(Generating):
         | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1)]
     )
     logprobs: int | None = None
+
+    @field_validator("alignfast")
+    @classmethod
+    def _without_pairs(cls, value: Ours) -> Ours:
+        if value.pair:
+            raise ValueError("pairs are of chats: ask /v1/chat/completions")
+        return value
 
     @field_validator("logprobs")
     @classmethod
@@ -176,7 +204,7 @@ class FeedbackRequest(Body):
     response_id: Id | None = None
     episode_id: Id | None = None
     kind: Literal["thumb", "rating", "pair", "ranking", "edit", "implicit"]
-    value: bool | int | PairValue | Annotated[list[Id], Field(max_length=16)] | str
+    value: bool | int | PairValue | Annotated[list[Id | Place], Field(max_length=16)] | str
     comment: Annotated[str, StringConstraints(max_length=4000)] | None = None
     user: str | None = None
 
@@ -191,9 +219,10 @@ class FeedbackRequest(Body):
             raise ValueError(f"the value of kind {self.kind!r} must be {wrong}")
         return self
 
-    def plain_value(self) -> Any:
-        """The value as plain JSON."""
-        return self.value.model_dump() if isinstance(self.value, PairValue) else self.value
+    def ranked(self) -> list[str]:
+        """Ids in a ranking, best first, those of a tie in the order in which they came."""
+        assert isinstance(self.value, list)
+        return [id for place in self.value for id in ([place] if isinstance(place, str) else place)]
 
 
 def _wrong_pair(vote: FeedbackRequest) -> str:
@@ -202,13 +231,23 @@ def _wrong_pair(vote: FeedbackRequest) -> str:
 
 
 def _wrong_ranking(vote: FeedbackRequest) -> str:
-    ids = vote.value
-    fits = isinstance(ids, list) and len(set(ids)) == len(ids) >= 2 and vote.response_id in ids
-    return "" if fits else "a list of at least two ids, best first, 'response_id' among them, each once"
+    ids = vote.ranked() if isinstance(vote.value, list) else []
+    fits = len(set(ids)) == len(ids) >= 2 and vote.response_id in ids
+    return (
+        ""
+        if fits
+        else "a list of two ids or more, best first, a list of ids a tie, 'response_id' among them, each once"
+    )
 
 
 def _wrong_edit(vote: FeedbackRequest) -> str:
     return "" if isinstance(vote.value, str) and vote.value else "the text as it should have been"
+
+
+class PromoteRequest(Body):
+    """Of /v1/loop/promote."""
+
+    version: Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 
 # What the value should have been, by kind; an empty text where it fits.

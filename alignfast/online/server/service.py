@@ -1,26 +1,34 @@
-"""What the routes share: the model's versions, the recorder, the limits."""
+"""What the routes share: the model's versions, the store, the limits."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from hashlib import sha256
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
+from fastapi import Request
 from transformers import PreTrainedTokenizerBase
 
 from alignfast.models.policy import Policy
 from alignfast.online.server.guard import Signer
 from alignfast.online.server.metrics import Metrics
-from alignfast.online.server.recorder import Recorder
 from alignfast.online.server.runner import Runner
-from alignfast.online.server.versions import Version, version_of
+from alignfast.online.server.versions import Version, folder_of, weights_hash
+from alignfast.online.store import Store
+from alignfast.online.store import Version as Stored
 from alignfast.rollout.live import LiveEngine
 from alignfast.rollout.prompts import encode_prompt
 from alignfast.rollout.sampling import Prompt
+
+Result = TypeVar("Result")
+
+_STORE_THREADS = 64  # a vote waits for the disk in one of them; those that wait together share its commit
 
 
 @dataclass(frozen=True)
@@ -58,18 +66,27 @@ class Service:
 
     Args:
         name: of the model, as clients ask for it.
-        recorder: where answers and votes go.
+        store: where answers and votes go, and that says which version serves.
         limits: what it takes on.
+        loading: options of `load_policy` by which versions are loaded, and `device`.
 
     Attributes:
-        keyless: whether there was no key at the start: the loopback alone is answered.
+        keyless: whether there never was a key: the loopback alone is answered.
+        canary_share: of the users who meet the canary.
     """
 
-    def __init__(self, name: str, recorder: Recorder, limits: Limits | None = None) -> None:
-        self.name, self.recorder = name, recorder
-        self.limits = limits or Limits()
-        self.keyless = not recorder.has_keys()
-        self.signer = Signer(recorder.secret)
+    def __init__(
+        self,
+        name: str,
+        store: Store,
+        limits: Limits | None = None,
+        loading: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.name, self.store = name, store
+        self.limits, self.loading = limits or Limits(), dict(loading or {})
+        self.keyless = not store.keys.any()
+        self.canary_share = 0.0
+        self.signer = Signer(store.secret("server"))
         self.runner = Runner(self.limits.max_sequences, self.limits.max_queue)
         self.metrics = Metrics(self.runner)
         self._seed = secrets.randbits(63)
@@ -79,6 +96,7 @@ class Service:
             threading.Lock()
         )  # tokenizers that are used by two threads at once have been seen to fail
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._threads = ThreadPoolExecutor(_STORE_THREADS, thread_name_prefix="alignfast-server")
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -86,8 +104,21 @@ class Service:
         assert self._tokenizer is not None, "a version is opened before anything is asked"
         return self._tokenizer
 
-    def open(self, policy: Policy, tokenizer: PreTrainedTokenizerBase, version: Version) -> Version:
+    def open(
+        self,
+        policy: Policy,
+        tokenizer: PreTrainedTokenizerBase,
+        version: Version,
+        *,
+        canary: bool = False,
+    ) -> Version:
         """Serve a version: new requests go to it, running ones end on their own. Blocks until it is in place.
+
+        Args:
+            policy: its model.
+            tokenizer: its tokenizer.
+            version: what its answers say they came from.
+            canary: leave the version that serves, and have this one answer in duels alone.
 
         Raises:
             ModelRefused: it can't be run; the version before it goes on.
@@ -106,28 +137,45 @@ class Service:
                 max_prefill_tokens=limits.max_prefill_tokens,
             )  # fmt: skip
 
-        done = self.runner.open(make, version).result()
+        done = self.runner.open(make, version, canary=canary).result()
         self._tokenizer = self._tokenizer or tokenizer
         return done
 
-    def swap(self, model: str, name: str | None = None, **loading: Any) -> Version:
-        """Serve the weights in a folder from the next request on. Blocks while they are loaded; requests go on.
-
-        Args:
-            model: folder of the model or of adapters.
-            name: of the version; None is the folder's.
-            **loading: options of `load_policy`, and `device`.
+    def load(self, version: Stored, *, canary: bool = False) -> Version:
+        """Load a version of the store and open it. Blocks meanwhile; requests go on.
 
         Raises:
-            ValueError: the folder holds no safetensors; as `open`.
+            ValueError: its folder is not here, or holds other weights than it was registered with; as `open`.
         """
         from alignfast.models import load_policy, load_tokenizer
 
-        version = version_of(model, name)
+        folder, loading = folder_of(version.path), dict(self.loading)
+        weights = weights_hash(folder)
+        if weights != version.hash:
+            raise ValueError(
+                f"version {version.name!r}: {folder} holds the weights {weights[:12]}, the store says "
+                f"{version.hash[:12]}: versions never change, register the folder under another name"
+            )
         device = loading.pop("device", "cpu")
-        policy = load_policy(model, **loading).to(device)
+        policy = load_policy(str(folder), **loading).to(device)
         trust = loading.get("trust_remote_code", False)
-        return self.open(policy, load_tokenizer(None, model, trust_remote_code=trust), version)
+        tokenizer = load_tokenizer(None, str(folder), trust_remote_code=trust)
+        return self.open(policy, tokenizer, Version(version.name, weights), canary=canary)
+
+    def side_of(self, user: str) -> int | None:
+        """On which side the canary stands in a pair, by lot; None where this user meets none."""
+        canary = self.runner.canary
+        if canary is None:
+            return None
+        drawn = int.from_bytes(sha256(f"{canary.version.name}|{user}".encode()).digest()[:8], "big") / 2**64
+        return secrets.randbelow(2) if drawn < self.canary_share else None
+
+    def as_text(self, prompt: Any) -> Any:
+        """A prompt as it is kept: tokens as the text that they are of."""
+        if isinstance(prompt, list) and isinstance(prompt[0], int):
+            with self._encoding:
+                return self.tokenizer.decode(prompt)
+        return prompt
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Tokens of a prompt; any thread may ask."""
@@ -146,10 +194,21 @@ class Service:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    async def in_store(self, work: Callable[[], Result]) -> Result:
+        """What some work gives that reads from or writes to the store, done in another thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
     async def close(self) -> None:
-        """Finish what was spawned, and stop the engine."""
+        """Finish what was spawned, and stop the threads; the store is its opener's to close."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.to_thread(self.runner.stop)
+        self._threads.shutdown(wait=False)
+
+
+def service_of(request: Request) -> Service:
+    """The service behind a route."""
+    service: Service = request.app.state.service
+    return service
 
 
 def _alike(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:

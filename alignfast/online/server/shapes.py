@@ -2,7 +2,7 @@
 
     "alignfast": {"version", "weights", "answers": [{"index", "response_id", "feedback_token"}]}
 
-A stream tells it in its first chunk, and in those that end a choice.
+A stream tells it in its first chunk, and in those that end a choice. Answers that duel do not say their version.
 """
 
 from __future__ import annotations
@@ -127,13 +127,13 @@ def _entry(entry: TokenLogprob) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Frame:
-    """What all objects of one response share."""
+    """What all objects of one response share; the version is None where it is not to be told."""
 
     shape: ChatShape | TextShape
     id: str
     created: int
     model: str
-    version: Version
+    version: Version | None
     answers: tuple[dict[str, Any], ...]
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> dict[str, Any]:
@@ -153,19 +153,20 @@ class Frame:
 
     def ours(self) -> dict[str, Any]:
         """What OpenAI's objects have no place for."""
-        told = {"version": self.version.name, "weights": self.version.weights, "answers": list(self.answers)}
-        return {"alignfast": told}
+        told = {} if self.version is None else self.version.told()
+        return {"alignfast": {**told, "answers": list(self.answers)}}
 
     def headers(self) -> dict[str, str]:
         """The same for who reads no bodies."""
-        return {
-            "X-Alignfast-Response-Id": self.id,
-            "X-Alignfast-Version": self.version.name.encode("ascii", "backslashreplace").decode(),
-            "X-Alignfast-Weights": self.version.weights,
-        }
+        told = {"X-Alignfast-Response-Id": self.id}
+        if self.version is not None:
+            told["X-Alignfast-Version"] = self.version.name.encode("ascii", "backslashreplace").decode()
+            told["X-Alignfast-Weights"] = self.version.weights
+        return told
 
     def _frame(self, kind: str) -> dict[str, Any]:
+        fingerprint = None if self.version is None else f"{self.version.name}-{self.version.weights[:12]}"
         return {
             "id": self.id, "object": kind, "created": self.created, "model": self.model,
-            "system_fingerprint": f"{self.version.name}-{self.version.weights[:12]}",
+            "system_fingerprint": fingerprint,
         }  # fmt: skip

@@ -12,7 +12,11 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from alignfast.online.store import Store
+from alignfast.online.store import Version as Stored
 from alignfast.trainers.checkpoint import sha256
+
+_NOTHING = "no version serves yet in this database: give --model FOLDER for the first one"
 
 
 class Version(NamedTuple):
@@ -25,6 +29,10 @@ class Version(NamedTuple):
 
     name: str
     weights: str
+
+    def told(self) -> dict[str, str]:
+        """As answers say it."""
+        return {"version": self.name, "weights": self.weights}
 
 
 def folder_of(model: str) -> Path:
@@ -72,3 +80,47 @@ def version_of(model: str, name: str | None = None) -> Version:
     """The version in a folder, named after it unless a name is given."""
     folder = folder_of(model)
     return Version(name or folder.resolve().name, weights_hash(folder))
+
+
+def name_of(model: str) -> str:
+    """What a model is called: its folder, or the last part of its name at the hub.
+
+    >>> name_of("HuggingFaceTB/SmolLM2-135M")
+    'SmolLM2-135M'
+    """
+    return Path(model).expanduser().resolve().name
+
+
+def served_name(store: Store, model: str | None) -> str:
+    """What clients ask for, the same whichever version serves: the model that is named, or the store's first policy.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    if model is not None:
+        return name_of(model)
+    policies = store.versions.all("policy")
+    if not policies:
+        raise ValueError(_NOTHING)
+    return policies[0].name
+
+
+def first_version(store: Store, model: str | None) -> Stored:
+    """What shall serve: what the store says, or else a model, which the store then says from now on.
+
+    Raises:
+        ValueError: the store says nothing and no model is named, or the model can't be served.
+    """
+    serving = store.versions.serving()
+    if serving is not None:
+        return serving
+    if model is None:
+        raise ValueError(_NOTHING)
+    folder = folder_of(model).resolve()
+    name, weights = version_of(str(folder), name_of(model))
+    known = {one.name: one.hash for one in store.versions.all()}
+    if known.get(name, weights) != weights:
+        name = f"{name}-{weights[:12]}"  # the folder was trained again, and versions never change
+    if name not in known:
+        store.versions.add(name, "policy", str(folder), weights)
+    return store.versions.promote(name)

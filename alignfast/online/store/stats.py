@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import func, select
 
@@ -24,6 +24,18 @@ if TYPE_CHECKING:
 
 _SHOWN = 10  # flagged users in the printed table
 _CHUNK = 1000  # votes whose answers are in memory at once
+
+
+class Satisfaction(NamedTuple):
+    """What the thumbs of a version say.
+
+    Attributes:
+        rate: share that are up.
+        votes: thumbs in all.
+    """
+
+    rate: Interval
+    votes: int
 
 
 @dataclass(frozen=True)
@@ -92,12 +104,13 @@ def store_stats(store: Store) -> StoreStats:
         replaced=past,
         users=len({voter_of(vote.user) for vote in votes}),
         kinds=dict(Counter(vote.kind for vote in votes)),
-        satisfaction=_satisfaction(store),
+        satisfaction={name: found.rate for name, found in satisfaction(store).items()},
         flagged=tuple(one for one in agreement(_all_judgements(store, votes)) if one.flagged),
     )
 
 
-def _satisfaction(store: Store) -> dict[str, Interval]:
+def satisfaction(store: Store) -> dict[str, Satisfaction]:
+    """Of each policy version that has thumbs."""
     statement = (
         select(responses.c.policy_version, feedback.c.value, feedback.c.user_id)
         .join(responses, responses.c.id == feedback.c.response_id)
@@ -108,7 +121,8 @@ def _satisfaction(store: Store) -> dict[str, Interval]:
         for row in connection.execute(statement):
             found[row.policy_version].append((row.value == "up", voter_of(row.user_id)))
     return {
-        name: proportion([up for up, _ in rows], [voter for _, voter in rows]) for name, rows in found.items()
+        name: Satisfaction(proportion([up for up, _ in rows], [voter for _, voter in rows]), len(rows))
+        for name, rows in found.items()
     }
 
 

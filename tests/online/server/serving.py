@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,17 +16,23 @@ import httpx
 import torch
 import uvicorn
 from openai import OpenAI
+from sqlalchemy import insert
 from trainers.tiny import make_llama, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from alignfast.models.policy import Policy
+from alignfast.online.feedback import Shown, Vote
 from alignfast.online.server.app import make_app
-from alignfast.online.server.recorder import Caller, MemoryRecorder
 from alignfast.online.server.service import Limits, Service
 from alignfast.online.server.versions import Version
+from alignfast.online.store import Store, tables
+from alignfast.online.store.keys import Role
+from alignfast.online.store.stats import store_stats
 
-KEY, OTHER_KEY, ADMIN_KEY = "key-of-ann-0123456789", "key-of-bob-0123456789", "key-of-operator-0123456789"
-KEYS = {KEY: Caller("ann"), OTHER_KEY: Caller("bob"), ADMIN_KEY: Caller("operator", "admin")}
+KEY, OTHER_KEY, ADMIN_KEY, ANNOTATOR_KEY = (
+    f"af_{name}_0123456789" for name in ("ann", "bob", "operator", "cleo")
+)
+KEYS: dict[str, Role] = {KEY: "user", OTHER_KEY: "user", ADMIN_KEY: "admin", ANNOTATOR_KEY: "annotator"}
 TEMPLATE = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
 FIRST = Version("v1", "1" * 64)
 
@@ -42,16 +50,36 @@ def make_chat_tokenizer(endless: bool = False) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def make_store(keys: dict[str, Role], **options: Any) -> Store:
+    """On a SQLite file that goes with it."""
+    folder = tempfile.TemporaryDirectory(prefix="alignfast-")
+    store = Store.open(f"sqlite:///{folder.name}/feedback.db", **options)
+    store.folder = folder  # type: ignore[attr-defined]
+    rows = []
+    for key, role in keys.items():
+        _, user, secret = key.split("_")
+        salted = hashlib.sha256(bytes(16) + secret.encode()).digest()
+        rows.append(dict(id=user, user_id=user, role=role, salt=bytes(16), hash=salted, created=0.0))
+    if rows:
+        store.write(lambda connection: connection.execute(insert(tables.keys), rows))
+    return store
+
+
 def make_service(
-    *, keys: dict[str, Caller] | None = KEYS, endless: bool = False, model: Any = None, **limits: Any
+    *,
+    keys: dict[str, Role] | None = KEYS,
+    endless: bool = False,
+    model: Any = None,
+    store: Store | None = None,
+    **limits: Any,
 ) -> Service:
-    """Its first version open. An endless one writes until it is told to stop."""
+    """Its first version open, of which the store knows nothing. An endless one writes until it is told to stop."""
     torch.set_num_threads(1)
     model = model or make_model(positions=100_000 if endless else 64)
     if endless:
         model.generation_config.eos_token_id = None
     defaults = Limits(cache_tokens=4096, max_tokens=2000 if endless else 48, request_seconds=60)
-    service = Service("tiny", MemoryRecorder(keys), replace(defaults, **limits))
+    service = Service("tiny", store or make_store(keys or {}), replace(defaults, **limits))
     service.runner.start()
     service.open(Policy(model), make_chat_tokenizer(endless), FIRST)
     return service
@@ -65,10 +93,18 @@ class Live:
     url: str
 
     @property
-    def recorder(self) -> MemoryRecorder:
-        recorder = self.service.recorder
-        assert isinstance(recorder, MemoryRecorder)
-        return recorder
+    def store(self) -> Store:
+        return self.service.store
+
+    def shown(self, id: str) -> Shown:
+        """An answer that is kept."""
+        found = self.store.shown(id)
+        assert found is not None, f"{id} is not kept"
+        return found
+
+    def votes(self, response_id: str, user: str = "ann") -> list[Vote]:
+        """A user's votes that name a response, the ones that were replaced too."""
+        return [v for v in self.store.votes(users=[user], current=False) if v.response_id == response_id]
 
     def http(self, key: str | None = KEY, **options: Any) -> httpx.Client:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
@@ -102,3 +138,8 @@ def until(what: Callable[[], Any], seconds: float = 20) -> None:
     while not what():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.002)
+
+
+def num_kept(live: Live) -> int:
+    """How many answers are kept."""
+    return store_stats(live.store).responses

@@ -6,13 +6,12 @@ import asyncio
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from online.server.serving import KEY, Live, listening, make_service, until
+from online.server.serving import KEY, Live, listening, make_service, num_kept, until
 
 from alignfast.online.server.runner import Ticket
 from alignfast.online.server.service import Limits
@@ -133,19 +132,19 @@ def test_what_a_stream_had_shown_is_kept_as_cancelled(live: Live) -> None:
                 seen += json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content", "")
             if len(seen.split()) > 5:
                 break
-    until(lambda: name in live.recorder.shown)
-    shown = live.recorder.shown[name]
+    until(lambda: live.store.shown(name))
+    shown = live.shown(name)
     assert shown.finish_reason == "cancelled"
     assert shown.text.startswith(seen)
-    assert len(shown.logps) == len(shown.token_ids) < 2000
+    assert len(shown.logps) == len(shown.completion_ids) < 2000
 
 
 def test_who_leaves_before_the_answer_frees_its_slot(live: Live) -> None:
-    before = len(live.recorder.shown)
+    before = num_kept(live)
     with live.http() as http, pytest.raises(httpx.ReadTimeout):
         http.post("/v1/chat/completions", json=ASK, timeout=0.3)
     until(lambda: idle(live))
-    assert len(live.recorder.shown) == before  # nobody saw it
+    assert num_kept(live) == before  # nobody saw it
 
 
 def test_who_leaves_while_waiting_is_never_begun(live: Live) -> None:
@@ -163,7 +162,7 @@ def test_a_reader_who_leaves_at_the_moment_a_token_comes_is_noticed() -> None:
     """The cancellation must not be lost to the token."""
 
     async def leave() -> bool:
-        ticket = Ticket(SimpleNamespace(), 1)  # type: ignore[arg-type]
+        ticket = Ticket((), 1)
 
         async def read() -> None:
             async for _ in ticket.steps(60):
@@ -219,7 +218,7 @@ def test_an_error_of_ours_is_told_without_its_insides(live: Live, monkeypatch: p
     def broken(*_: Any) -> Any:
         raise KeyError("secret")
 
-    monkeypatch.setattr(live.recorder, "vote", broken)
+    monkeypatch.setattr(live.store, "add_vote", broken)
     with live.http(KEY) as http:
         answer = http.post("/v1/feedback", json={"response_id": "x", "kind": "thumb", "value": True})
     assert (answer.status_code, "secret" in answer.text) == (500, False)

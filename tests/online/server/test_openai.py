@@ -9,9 +9,18 @@ from typing import Any
 
 import openai
 import pytest
-from online.server.serving import FIRST, Live, listening, make_chat_tokenizer, make_model, make_service
+from online.server.serving import (
+    FIRST,
+    Live,
+    listening,
+    make_chat_tokenizer,
+    make_model,
+    make_service,
+    num_kept,
+)
 
 from alignfast.models.policy import Policy
+from alignfast.online.server.votes import episode_of
 from alignfast.rollout import Completion, Sampling
 from alignfast.rollout.native import NativeEngine
 
@@ -157,21 +166,32 @@ def test_an_answer_is_kept_with_all_that_learning_needs(live: Live) -> None:
     )  # fmt: skip
     expected = drawn_alone(CHAT, seed=5, n=2, top_k=7, max_new_tokens=12)
     for i, completion in enumerate(expected):
-        shown = live.recorder.shown[f"{found.id}-{i}"]
-        assert (shown.user, shown.episode_id, shown.prompt) == ("ann", "e1", CHAT)
-        assert (shown.prompt_ids, shown.token_ids) == (completion.prompt_ids, completion.token_ids)
+        shown = live.shown(f"{found.id}-{i}")
+        assert (shown.user, shown.episode_id, shown.prompt) == ("ann", episode_of("ann", "e1"), CHAT)
+        assert (shown.group_id, shown.turn) == (f"{found.id}-p0", 0)
+        assert (shown.prompt_ids, shown.completion_ids) == (completion.prompt_ids, completion.token_ids)
         assert shown.logps == pytest.approx(completion.logps, abs=1e-5)
         assert shown.sampled_logps == pytest.approx(completion.sampled_logps, abs=1e-5)
         assert (shown.text, shown.finish_reason) == (completion.text, completion.finish_reason)
-        assert (shown.version, shown.weights) == FIRST
+        assert (shown.policy_version, shown.weights_hash) == FIRST
         assert (shown.sampling["top_k"], shown.sampling["seed"]) == (7, 5)
 
 
 def test_what_is_not_to_be_stored_is_not_and_can_not_be_voted_on(live: Live) -> None:
-    before = len(live.recorder.shown)
-    found = live.openai().chat.completions.create(model="tiny", messages=CHAT, store=False, max_tokens=3)
-    assert len(live.recorder.shown) == before
-    assert found.model_extra["alignfast"]["answers"] == []
+    before = num_kept(live)
+    for said in (
+        {"store": False},
+        {"alignfast": {"store": False}},
+        {"store": True, "alignfast": {"store": False}},
+    ):
+        found = live.openai().chat.completions.create(
+            model="tiny", messages=CHAT, max_tokens=3, extra_body=said
+        )
+        assert num_kept(live) == before
+        assert found.model_extra["alignfast"]["answers"] == []
+        with live.http() as http:
+            vote = {"response_id": found.id, "kind": "thumb", "value": True}
+            assert http.post("/v1/feedback", json=vote).status_code == 404
 
 
 def test_messages_in_parts_and_a_developer(live: Live) -> None:
@@ -259,10 +279,10 @@ def test_bodies_that_are_no_request_are_refused(live: Live, body: bytes) -> None
 
 
 def test_an_answer_that_can_not_be_stored_is_not_given(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(shown: Any) -> None:
+    def full(*shown: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(live.recorder, "record", full)
+    monkeypatch.setattr(live.store, "record_shown", full)
     with pytest.raises(openai.InternalServerError, match="could not be stored"):
         live.openai().chat.completions.create(model="tiny", messages=CHAT, max_tokens=3)
     with pytest.raises(openai.APIError, match="could not be stored"):

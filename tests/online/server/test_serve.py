@@ -16,9 +16,9 @@ from online.server.serving import make_chat_tokenizer, make_model
 
 import alignfast
 from alignfast.cli import main
-from alignfast.commands.serve import keys_of
-
-KEY = "0123456789abcdef-user"
+from alignfast.online.feedback import Vote
+from alignfast.online.server.versions import first_version, served_name, weights_hash
+from alignfast.online.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +32,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_sigterm_ends_no_answer_before_its_time(folder: Path) -> None:
-    words = ["serve", "--model", str(folder), "--port", "0", "--use_cpu", "--max_tokens", "300"]
+def test_sigterm_ends_no_answer_before_its_time(folder: Path, tmp_path: Path) -> None:
+    """And what it answered can be voted on when it is back."""
+    db = f"sqlite:///{tmp_path}/feedback.db"
+    with Store.open(db) as store:
+        key, _ = store.keys.make("ann")
+    words = ["serve", "--model", str(folder), "--db", db, "--port", "0", "--use_cpu", "--max_tokens", "300"]
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "alignfast", *words], text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, env={**os.environ, "ALIGNFAST_API_KEY": KEY, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     try:
         assert process.stdout is not None
@@ -47,10 +51,10 @@ def test_sigterm_ends_no_answer_before_its_time(folder: Path) -> None:
             said += line
         assert "version tiny" in said
         assert "a key is needed for every route but /health" in said
-        assert "kept in memory" in said
+        assert f"kept in {db}" in said
         url = re.findall(r"http://127\.0\.0\.1:\d+", said)[-1]
         assert httpx.get(f"{url}/v1/models").status_code == 401
-        with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as http:
+        with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60) as http:
             ask = {"model": "tiny", "messages": [{"role": "user", "content": "the cat"}], "stream": True}
             with http.stream("POST", "/v1/chat/completions", json=ask) as stream:
                 lines = stream.iter_lines()
@@ -63,6 +67,12 @@ def test_sigterm_ends_no_answer_before_its_time(folder: Path) -> None:
         assert process.wait(60) == 0
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{url}/health")
+        with Store.open(db) as store:
+            serving = store.versions.serving()
+            assert serving is not None
+            assert (serving.name, serving.path) == ("tiny", str(folder))
+            vote = Vote(response_id=json.loads(events[0])["id"], kind="thumb", value="up", user="ann")
+            assert store.add_vote(vote, own=True).vote == vote
     finally:
         process.kill()
 
@@ -70,19 +80,23 @@ def test_sigterm_ends_no_answer_before_its_time(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--host", "0.0.0.0"], "there is no key: set ALIGNFAST_API_KEY"),
-        (["--db", "sqlite:///feedback.db"], "keeps votes in memory alone"),
+        (["--host", "0.0.0.0"], "there is no key: make one with `alignfast keys make"),
+        (["--db", "sqlite://"], "would keep votes in memory alone"),
         (["--max_tokens", "0"], "max_tokens must be above 0"),
+        (["--max_votes", "0"], "max_votes >= 1"),
+        (["--retention_days", "0"], "retention_days must be above 0"),
+        (["--redact", "nowhere:nothing"], "redact='nowhere:nothing' can't be imported"),
     ],
 )
 def test_what_can_not_be_done_is_said_before_anything_is_loaded(
     folder: Path,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     words: list[str],
     message: str,
 ) -> None:
-    monkeypatch.delenv("ALIGNFAST_API_KEY", raising=False)
+    monkeypatch.chdir(tmp_path)
     assert main(["serve", "--model", str(folder), *words]) == 1
     assert message in capsys.readouterr().err
 
@@ -97,15 +111,29 @@ def test_missing_packages_are_named(
     assert "serving needs uvicorn: pip install 'alignfast[serve]'" in capsys.readouterr().err
 
 
-def test_keys_that_are_not_safe_are_refused() -> None:
-    with pytest.raises(ValueError, match="ALIGNFAST_API_KEY has 5 characters; make one of 16 or more"):
-        keys_of({"ALIGNFAST_API_KEY": "short"})
-    with pytest.raises(ValueError, match="must differ"):
-        keys_of({"ALIGNFAST_API_KEY": KEY, "ALIGNFAST_ADMIN_KEY": KEY})
-    assert keys_of({"ALIGNFAST_API_KEY": ""}) == {}
-    assert {key: caller.role for key, caller in keys_of({"ALIGNFAST_ADMIN_KEY": KEY}).items()} == {
-        KEY: "admin"
-    }
+def test_something_must_serve(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["serve"]) == 1
+    assert "no version serves yet in this database: give --model FOLDER" in capsys.readouterr().err
+
+
+def test_the_store_says_what_serves(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "v2"
+    make_model(8).save_pretrained(other)
+    with Store.open(f"sqlite:///{tmp_path}/feedback.db") as store:
+        first = first_version(store, str(folder))
+        assert (first.name, first.status, first.hash) == ("tiny", "promoted", weights_hash(folder))
+        assert first_version(store, str(other)) == first == first_version(store, None)
+        assert (served_name(store, str(other)), served_name(store, None)) == ("v2", "tiny")
+    (tmp_path / "again").mkdir()
+    with Store.open(f"sqlite:///{tmp_path}/again/feedback.db") as store:
+        store.versions.add("v2", "policy", "/elsewhere", "0" * 64)
+        with pytest.raises(ValueError, match="no such folder"):
+            first_version(store, str(tmp_path / "nowhere"))
+        named = first_version(store, str(other))  # the folder has other weights than it had
+        assert named.name == f"v2-{weights_hash(other)[:12]}"
 
 
 def test_the_packages_of_serving_are_imported_by_the_server_alone() -> None:
