@@ -29,6 +29,7 @@ from alignfast.online.store.deletion import Deleted, delete_user, expire
 from alignfast.online.store.duels import Duels, find_duels
 from alignfast.online.store.files import FileKind, write_lines
 from alignfast.online.store.keys import Keys, token_hash
+from alignfast.online.store.labels import Labels
 from alignfast.online.store.records import (
     Kept,
     Request,
@@ -53,14 +54,13 @@ class Store:
 
     Args:
         engine: of `database.connect`.
-        redact: see `open`.
-        max_votes: see `open`.
-        period: see `open`.
+        redact, max_votes, period: see `open`.
 
     Attributes:
         keys: API keys.
         versions: of policies and reward models, and which of them serve.
         runs: of the learner.
+        labels: the queue of annotators.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder, Store.open(f"sqlite:///{folder}/feedback.db") as store:
@@ -85,6 +85,7 @@ class Store:
         self._limit = None if max_votes is None else (max_votes, period)
         self._writer = Writer(engine)
         self.keys, self.versions, self.runs = Keys(self), Versions(self), Runs(self)
+        self.labels = Labels(self)
 
     @classmethod
     def open(
@@ -205,7 +206,7 @@ class Store:
             caller: whose idempotency keys these are; None: the user.
             key: the request's `Idempotency-Key`: the same key with the same vote is answered with the vote that came
                 first, and counts once.
-            own: refuse answers that were shown to somebody else.
+            own: refuse answers that were shown to somebody else, unless the user is an annotator who was given them.
             token_of: but not this response, whose token came with the request.
 
         Raises:
