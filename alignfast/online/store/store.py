@@ -301,7 +301,7 @@ class Store:
             since: given then or later, in seconds since 1970.
             until: given before.
             limit: so many at most, the oldest first.
-            ids: these votes alone, for replay of a chosen few.
+            ids: these votes alone, also those that a later one has replaced since they were chosen.
             fresh: leave out what the versions that this one comes from have used.
 
         Raises:
@@ -309,7 +309,7 @@ class Store:
         """
 
         def work(connection: Connection) -> list[Vote]:
-            where = matching(kinds, since, until, None, True) & unused_by(connection, version, fresh)
+            where = matching(kinds, since, until, None, ids is None) & unused_by(connection, version, fresh)
             statement = select(tables.feedback).where(where).order_by(tables.feedback.c.seq).limit(limit)
             if ids is None:
                 rows = list(connection.execute(statement))
