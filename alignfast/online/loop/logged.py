@@ -26,7 +26,6 @@ from typing import Any
 import torch
 
 from alignfast.data import Tree
-from alignfast.evaluation.scores import answer_scores
 from alignfast.losses import importance_weights
 from alignfast.models import Policy
 from alignfast.online.feedback import TIE, Judged, Shown

@@ -78,7 +78,7 @@ def note_uses(loop: OnlineLoop, round: Round) -> None:
     if loop.config.method in ON_POLICY and not loop.config.uses_logged:
         taken = []
     if taken:
-        loop.store.use_for(round.policy_name, ids=taken, fresh=False)
+        loop.store.use_for(round.policy_name, ids=taken, fresh=False, replaced=True)
     loop.store.use_prompts(round.policy_name, [shown.id for one in judged for shown in one.answers])
 
 

@@ -8,10 +8,8 @@ watch     satisfaction with the new version, a voter a value, by the same kind o
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from typing import TYPE_CHECKING, Literal
 
-from alignfast.online.feedback import voter_of
 from alignfast.online.store import Run
 
 if TYPE_CHECKING:
