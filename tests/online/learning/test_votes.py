@@ -79,7 +79,7 @@ def test_what_a_flagged_user_weighs_is_the_operators_choice() -> None:
 
 def test_votes_that_judge_nothing_are_kept() -> None:
     answers = tuple(Shown(id=id, prompt="a", text="same") for id in "rs")
-    same = Judged(Vote(response_id="r", kind="pair", value="s", user="ada"), answers)
+    same = Judged(Vote(response_id="r", kind="ranking", value=["s", "r"], user="ada"), answers)
     whole = Judged(Vote(episode_id="e", kind="thumb", value="up", user="ada"), answers)
     edit = Judged(Vote(response_id="r", kind="edit", value="x", user="ada"), answers[:1])
     votes = [compare("ada", TIE, 0), same, whole, edit]
