@@ -42,7 +42,7 @@ def answers(draw: random.Random, name: str, number: int) -> tuple[Shown, ...]:
     )
 
 
-def votes_of(kind: Kind, number: int, seed: int = 0, users: int = 20, strict: bool = True) -> list[Judged]:
+def votes_of(kind: Kind, number: int, seed: int = 0, users: int = 20) -> list[Judged]:
     """Votes of one kind. Users are pleased more or less easily; thumbs and ratings say more of them than of answers."""
     draw, found = random.Random(f"{kind} {seed}"), []
     while len(found) < number:
