@@ -45,6 +45,8 @@ class OnlineConfig:
     """How often the store is looked at while there is something to wait for."""
     kinds: list[str] = field(default_factory=lambda: [kind for kind in KINDS if kind != "implicit"])
     """Kinds of votes that are learned from. Hints (`implicit`) are left out unless named."""
+    votes_per_user: int | None = 100
+    """Of each voter the newest so many in a round, >= 1; the others count as seen. All anonymous voters are one. None: all."""
     held_out: float = 0.2
     """Share of the voters, in [0, 1), whose votes are never trained on but measured with."""
     held_out_by: str = "user"
@@ -118,7 +120,7 @@ class OnlineConfig:
             self._require(getattr(self, name) >= 0, name, "at least 0")
         for name in ("held_out", "canary_margin"):
             self._require(0 <= getattr(self, name) < 1, name, "in [0, 1)")
-        for name in ("max_wait", "kl_budget"):
+        for name in ("max_wait", "kl_budget", "votes_per_user"):
             value = getattr(self, name)
             self._require(value is None or value > 0, name, "above 0, or None")
         self._require(self.poll_seconds > 0, "poll_seconds", "above 0")

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -101,8 +103,6 @@ def measure(loop: OnlineLoop, run: Run, round: Round) -> dict[str, Any]:
 
 
 def _config(loop: OnlineLoop) -> dict[str, Any]:
-    from dataclasses import asdict
-
     return {
         name: value for name, value in asdict(loop.config).items() if name != "db"
     }  # which may hold a password
@@ -155,8 +155,8 @@ def _judged(
     spec = loop.config.judge
     if spec is None:
         return {}
-    own = [version.path for version in loop.store.versions.all("reward")]
-    if spec in own:
+    own = [Path(version.path) for version in loop.store.versions.all("reward")]
+    if Path(spec).expanduser().resolve() in own:
         raise ValueError(f"judge={spec!r} is a reward model of this loop: give another one, or api:MODEL")
     judge = load_judge(spec, timeout=300.0)
     ours, theirs = (_texts(prompts, sides[side]) for side in ("candidate", "serving"))

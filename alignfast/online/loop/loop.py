@@ -31,9 +31,10 @@ from alignfast.online.loop.policy import NothingToLearn, learn_policy
 from alignfast.online.loop.reward import learn_reward
 from alignfast.online.loop.round import STAGES, Round
 from alignfast.online.loop.serve import duel, promote, watch
-from alignfast.online.loop.votes import is_held_out
+from alignfast.online.loop.votes import is_held_out, newest_of_each
 from alignfast.online.server.versions import first_version
 from alignfast.online.store import Run, Store, Version
+from alignfast.online.voters import distinct
 
 Step: TypeAlias = Literal["next", "wait", "end"]
 
@@ -171,9 +172,11 @@ class OnlineLoop:
     # What stages ask for
 
     def judged(self, ids: Sequence[str]) -> list[Judged]:
-        """Votes with what they are about, in the order in which they came; those deleted since are left out."""
+        """Votes with what they are about, in the order in which they came; without repeats, and those deleted since."""
         wanted = set(ids)
-        return self.store.judged([vote for vote in self.store.votes(current=False) if vote.id in wanted])
+        return distinct(
+            self.store.judged([vote for vote in self.store.votes(current=False) if vote.id in wanted])
+        )
 
     def reward_model(self) -> Version | None:
         """The newest reward model, from which the next one starts; None before the first."""
@@ -219,7 +222,7 @@ def _collect(loop: OnlineLoop, run: Run, round: Round) -> Step:
         return "wait"
     used = set() if before is None else loop.used(before)
     votes = [vote for vote in loop.store.votes(kinds=kinds) if vote.id not in used]
-    judged = loop.store.judged(votes)
+    judged, round.beyond = newest_of_each(loop.store.judged(votes), config.votes_per_user)
     held = [is_held_out(one, config.held_out, config.held_out_by, config.seed) for one in judged]
     round.votes = [one.vote.id for one, out in zip(judged, held) if not out]
     round.held_out = [one.vote.id for one, out in zip(judged, held) if out]

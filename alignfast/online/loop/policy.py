@@ -74,11 +74,8 @@ def learn_policy(loop: OnlineLoop, run: Run, round: Round) -> None:
 def note_uses(loop: OnlineLoop, round: Round) -> None:
     """Remember what the candidate was trained on: votes, or prompts."""
     judged = loop.judged(round.votes)
-    taken = [one.vote.id for one in judged]
-    if loop.config.method in ON_POLICY and not loop.config.uses_logged:
-        taken = []
-    if taken:
-        loop.store.use_for(round.policy_name, ids=taken, fresh=False, replaced=True)
+    if loop.config.method not in ON_POLICY or loop.config.uses_logged:
+        loop.store.use_for(round.policy_name, ids=round.votes, fresh=False, replaced=True)
     loop.store.use_prompts(round.policy_name, [shown.id for one in judged for shown in one.answers])
 
 

@@ -47,7 +47,7 @@ def learn_reward(loop: OnlineLoop, run: Run, round: Round) -> None:
         store, found.folder, config.folder, name, "reward",
         run=run.id, parents=parents, config=config.reward_options, figures=found.figures,
     )  # fmt: skip
-    store.use_for(name, ids=[*round.votes, *round.held_out], fresh=False, replaced=True)
+    store.use_for(name, ids=[*round.votes, *round.held_out, *round.beyond], fresh=False, replaced=True)
     if before is None or before.name != name:
         store.versions.promote(name)
     round.reward = name

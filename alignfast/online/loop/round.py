@@ -18,6 +18,7 @@ class Round:
         serving: version that served when the round began: what the candidate is trained from and compared with.
         votes: ids of what it learns from.
         held_out: ids of what it measures with.
+        beyond: ids of votes beyond what one voter may give in a round: seen, and no more.
         reward: version of its reward model.
         policy: version that it proposes.
         figures: of the candidate.
@@ -30,6 +31,7 @@ class Round:
     serving: str
     votes: list[str] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)
+    beyond: list[str] = field(default_factory=list)
     reward: str | None = None
     policy: str | None = None
     figures: dict[str, Any] = field(default_factory=dict)
