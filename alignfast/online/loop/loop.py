@@ -24,7 +24,7 @@ import torch
 
 from alignfast.online.feedback import Judged
 from alignfast.online.loop.config import OnlineConfig
-from alignfast.online.loop.evaluate import evaluate_candidate
+from alignfast.online.loop.evaluate import check_judge, evaluate_candidate
 from alignfast.online.loop.folders import clear_work
 from alignfast.online.loop.gate import pass_gate
 from alignfast.online.loop.policy import NothingToLearn, learn_policy
@@ -71,7 +71,7 @@ class OnlineLoop:
         self.config = OnlineConfig(**options) if config is None else config
         self._opened = store is None
         self.store = Store.open(self.config.db) if store is None else store
-        self.say = say
+        self.say, self._waits_for = say, ""
 
     def close(self) -> None:
         """Let the database go, where this loop opened it."""
@@ -107,6 +107,7 @@ class OnlineLoop:
         """
         with self._alone():
             self.begin()
+            check_judge(self)
             while True:
                 run = self._run()
                 round = Round.from_dict(run.state)
@@ -171,6 +172,13 @@ class OnlineLoop:
 
     # What stages ask for
 
+    def waits(self, what: str) -> Step:
+        """Say what is waited for, once."""
+        if what != self._waits_for:
+            self.say(what)
+        self._waits_for = what
+        return "wait"
+
     def judged(self, ids: Sequence[str]) -> list[Judged]:
         """Votes with what they are about, in the order in which they came; without repeats, and those deleted since."""
         wanted = set(ids)
@@ -218,8 +226,7 @@ def _collect(loop: OnlineLoop, run: Run, round: Round) -> Step:
     number = loop.store.unused(None if before is None else before.name, kinds)
     waited = config.max_wait is not None and time.time() - run.created >= config.max_wait
     if number < config.min_votes and not (waited and number):
-        loop.say(f"round {round.number}: {number} of {config.min_votes} votes")
-        return "wait"
+        return loop.waits(f"round {round.number}: {number} of {config.min_votes} votes")
     used = set() if before is None else loop.used(before)
     votes = [vote for vote in loop.store.votes(kinds=kinds) if vote.id not in used]
     judged, round.beyond = newest_of_each(loop.store.judged(votes), config.votes_per_user)

@@ -9,7 +9,7 @@ What comes out lies under the run's own folder until it is evaluated; only then 
 
 from __future__ import annotations
 
-import shutil
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from alignfast.models import load_policy, load_tokenizer
 from alignfast.online.feedback import Judged
 from alignfast.online.loop.budget import KlBudget
 from alignfast.online.loop.config import ON_POLICY
-from alignfast.online.loop.folders import made_by, work_folder
+from alignfast.online.loop.folders import begin_work, made_by, work_folder
 from alignfast.online.loop.logged import LoggedGRPOTrainer, logged_groups, within_kl
 from alignfast.online.loop.votes import prompts_of, training_rows
 from alignfast.online.store import Run
@@ -58,17 +58,19 @@ def learn_policy(loop: OnlineLoop, run: Run, round: Round) -> None:
     config, folder = loop.config, candidate_folder(loop, run).parent
     if made_by(config.folder / round.policy_name, run.id) is not None or (folder / _FIGURES).exists():
         return
+    ids = [one.vote.id for one in loop.judged(round.votes)]
+    goes_on = begin_work(folder, [ids, config.method, config.policy_options, config.peft, round.serving])
     trainer, figures = _trainer(loop, round, folder)
     budget = _budget(loop, round, trainer)
     if budget is not None:
         trainer.add_callback(budget)  # type: ignore[arg-type]
-    output = trainer.train(resume_from_checkpoint=(folder / "checkpoints").exists())
+    output = trainer.train(resume_from_checkpoint=goes_on)
     figures |= {"steps": output.global_step, "loss": output.training_loss}
     if budget is not None:
         figures["kl_budget"] = {"spent": budget.spent, "most": budget.most, "ended": budget.ended}
-    shutil.rmtree(folder / "model", ignore_errors=True)
     trainer.save_model(str(folder / "model"))
-    write_json(folder / _FIGURES, figures)
+    write_json(folder / f"{_FIGURES}.tmp", figures)
+    os.replace(folder / f"{_FIGURES}.tmp", folder / _FIGURES)  # whole, once it is there
 
 
 def note_uses(loop: OnlineLoop, round: Round) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignfast.online.loop.folders import made_by, publish, work_folder
+from alignfast.online.loop.folders import begin_work, made_by, publish, work_folder
 from alignfast.online.loop.votes import training_rows
 from alignfast.online.store import Run
 from alignfast.trainers.reward import RewardConfig, RewardTrainer
@@ -69,11 +68,11 @@ def update_reward(
         "save_total_limit": 1,
         "disable_tqdm": True,
     }
+    goes_on = begin_work(output_dir, [[one.vote.id for one in train], start, options])
     args = RewardConfig(**{**given, **options, "output_dir": str(output_dir)})
     trainer = RewardTrainer(start, args, train_dataset=rows, eval_dataset=held or None)
-    trainer.train(resume_from_checkpoint=(output_dir / "checkpoints").exists())
+    trainer.train(resume_from_checkpoint=goes_on)
     figures = trainer.evaluate() if held else {}
-    shutil.rmtree(output_dir / "model", ignore_errors=True)
     trainer.save_model(str(output_dir / "model"))
     if not figures:
         return RewardUpdate(output_dir / "model", {})

@@ -51,7 +51,7 @@ def duel(loop: OnlineLoop, run: Run, round: Round) -> Literal["next", "wait", "e
         return _refuse(loop, round, f"it {told}: below {wanted:g}")
     if len(wins) >= config.canary_voters or time.time() >= round.since + config.canary_seconds:
         return _refuse(loop, round, f"it {told}: not certain to be above {wanted:g}, and the budget is spent")
-    return "wait"
+    return loop.waits(f"{round.policy} {told}")
 
 
 def promote(loop: OnlineLoop, run: Run, round: Round) -> Literal["next"]:
@@ -85,7 +85,9 @@ def watch(loop: OnlineLoop, run: Run, round: Round) -> Literal["next", "wait", "
             store.versions.roll_back(reasons=[reason])
             round.outcome = f"{round.policy} is rolled back: {reason}"
             return "end"
-    return "next" if time.time() >= round.since + config.watch_seconds else "wait"
+    if time.time() >= round.since + config.watch_seconds:
+        return "next"
+    return loop.waits(f"{round.policy} is watched")
 
 
 def _refuse(loop: OnlineLoop, round: Round, reason: str) -> Literal["end"]:
