@@ -71,7 +71,7 @@ class OnlineLoop:
         self.config = OnlineConfig(**options) if config is None else config
         self._opened = store is None
         self.store = Store.open(self.config.db) if store is None else store
-        self.say, self._waits_for = say, ""
+        self._say, self._said = say, ""
 
     def close(self) -> None:
         """Let the database go, where this loop opened it."""
@@ -172,12 +172,11 @@ class OnlineLoop:
 
     # What stages ask for
 
-    def waits(self, what: str) -> Step:
-        """Say what is waited for, once."""
-        if what != self._waits_for:
-            self.say(what)
-        self._waits_for = what
-        return "wait"
+    def say(self, what: str) -> None:
+        """Tell it, but not twice in a row: what waits is looked at every few seconds."""
+        if what != self._said:
+            self._say(what)
+        self._said = what
 
     def judged(self, ids: Sequence[str]) -> list[Judged]:
         """Votes with what they are about, in the order in which they came; without repeats, and those deleted since."""
@@ -226,7 +225,8 @@ def _collect(loop: OnlineLoop, run: Run, round: Round) -> Step:
     number = loop.store.unused(None if before is None else before.name, kinds)
     waited = config.max_wait is not None and time.time() - run.created >= config.max_wait
     if number < config.min_votes and not (waited and number):
-        return loop.waits(f"round {round.number}: {number} of {config.min_votes} votes")
+        loop.say(f"round {round.number}: {number} of {config.min_votes} votes")
+        return "wait"
     used = set() if before is None else loop.used(before)
     votes = [vote for vote in loop.store.votes(kinds=kinds) if vote.id not in used]
     judged, round.beyond = newest_of_each(loop.store.judged(votes), config.votes_per_user)

@@ -51,7 +51,8 @@ def duel(loop: OnlineLoop, run: Run, round: Round) -> Literal["next", "wait", "e
         return _refuse(loop, round, f"it {told}: below {wanted:g}")
     if len(wins) >= config.canary_voters or time.time() >= round.since + config.canary_seconds:
         return _refuse(loop, round, f"it {told}: not certain to be above {wanted:g}, and the budget is spent")
-    return loop.waits(f"{round.policy} {told}")
+    loop.say(f"{round.policy} {told}")
+    return "wait"
 
 
 def promote(loop: OnlineLoop, run: Run, round: Round) -> Literal["next"]:
@@ -87,7 +88,8 @@ def watch(loop: OnlineLoop, run: Run, round: Round) -> Literal["next", "wait", "
             return "end"
     if time.time() >= round.since + config.watch_seconds:
         return "next"
-    return loop.waits(f"{round.policy} is watched")
+    loop.say(f"{round.policy} is watched")
+    return "wait"
 
 
 def _refuse(loop: OnlineLoop, round: Round, reason: str) -> Literal["end"]:

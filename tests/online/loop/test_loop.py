@@ -80,8 +80,8 @@ def capitals(answer: Any) -> float:
     return 1 - all_lower(answer)
 
 
-def likes_cats(completions: list[str], **_: Any) -> list[float]:
-    return [float(text.split().count(LIKED)) for text in completions]
+def likes_some(completions: list[str], **_: Any) -> list[float]:
+    return [float(sum(word in LIKED for word in text.split())) for text in completions]
 
 
 @pytest.mark.usefixtures("open_gate")
@@ -90,7 +90,7 @@ def test_figures_of_a_candidate(store: Store, tmp_path: Path, start: Path) -> No
     vote(store, ask(store, 12))
     here = "online.loop.test_loop"
     loop = make_loop(
-        store, tmp_path, method="dpo", judge=f"{here}:likes_cats", task_suites={"lower": f"{here}:all_lower"},
+        store, tmp_path, method="dpo", judge=f"{here}:likes_some", task_suites={"lower": f"{here}:all_lower"},
         safety_suites={"capitals": f"{here}:capitals"}, policy_options={"max_steps": 6}, kl_budget=1e-9,
     )  # fmt: skip
     round = loop.run(once=True)
@@ -101,7 +101,7 @@ def test_figures_of_a_candidate(store: Store, tmp_path: Path, start: Path) -> No
         "lower": {"candidate": 1.0, "serving": 1.0, "safety": False},
         "capitals": {"candidate": 0.0, "serving": 0.0, "safety": True},
     }
-    assert figures["judge"] == f"{here}:likes_cats"
+    assert figures["judge"] == f"{here}:likes_some"
     for name in ("win_rate", "preference", "reward_wins", "reward_accuracy", "satisfaction_serving"):
         assert 0 <= figures[name]["low"] <= figures[name]["estimate"] <= figures[name]["high"] <= 1
     assert figures["steps"] == 2  # the budget was spent at the first look
@@ -137,7 +137,7 @@ def test_a_round_waits_for_votes(store: Store, tmp_path: Path, start: Path) -> N
     serve_start(store, start)
     told: list[str] = []
     loop = make_loop(store, tmp_path, min_votes=100)
-    loop.say = told.append
+    loop._say = told.append
     vote(store, ask(store, 2))
     assert loop.run(once=True) == loop.run(once=True)
     assert told == ["round 1: 4 of 100 votes"]
