@@ -291,6 +291,7 @@ class Store:
         limit: int | None = None,
         ids: Sequence[str] | None = None,
         fresh: bool = True,
+        replaced: bool = False,
     ) -> list[Vote]:
         """Take votes for a version, each once: of several callers one gets it, and none a second time.
 
@@ -304,13 +305,14 @@ class Store:
             limit: so many at most, the oldest first.
             ids: these votes alone, for replay of a chosen few.
             fresh: leave out what the versions that this one comes from have used.
+            replaced: also votes that a later one has replaced: of those that were trained on meanwhile.
 
         Raises:
             ValueError: there is no such version.
         """
 
         def work(connection: Connection) -> list[Vote]:
-            where = matching(kinds, since, until, None, True) & unused_by(connection, version, fresh)
+            where = matching(kinds, since, until, None, not replaced) & unused_by(connection, version, fresh)
             statement = select(tables.feedback).where(where).order_by(tables.feedback.c.seq).limit(limit)
             if ids is None:
                 rows = list(connection.execute(statement))
