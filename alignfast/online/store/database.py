@@ -228,7 +228,8 @@ class Writer:
                     self._queue.put(_STOP)
                     break
                 batch.append(following)
-            self._commit(batch)
+            # from here on nobody can cancel: a future that refuses its result would end this thread
+            self._commit([one for one in batch if one[1].set_running_or_notify_cancel()])
 
     def _commit(self, batch: list[tuple[Callable[[Connection], Any], Future[Any]]]) -> None:
         """One transaction for all, in which each succeeds or fails by itself."""
