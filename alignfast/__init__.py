@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from alignfast.compat.patch import patch_trl, unpatch_trl
     from alignfast.models.fuse import fuse, unfuse
+    from alignfast.online.loop import OnlineConfig, OnlineLoop
     from alignfast.trainers.dpo import DPOConfig, DPOTrainer
     from alignfast.trainers.grpo import GRPOConfig, GRPOTrainer
     from alignfast.trainers.kto import KTOConfig, KTOTrainer
@@ -24,6 +25,8 @@ __all__ = [
     "GRPOTrainer",
     "KTOConfig",
     "KTOTrainer",
+    "OnlineConfig",
+    "OnlineLoop",
     "PPOConfig",
     "PPOTrainer",
     "RewardConfig",
@@ -46,6 +49,8 @@ _HOMES = {
     "GRPOTrainer": "alignfast.trainers.grpo",
     "KTOConfig": "alignfast.trainers.kto",
     "KTOTrainer": "alignfast.trainers.kto",
+    "OnlineConfig": "alignfast.online.loop",
+    "OnlineLoop": "alignfast.online.loop",
     "PPOConfig": "alignfast.trainers.ppo",
     "PPOTrainer": "alignfast.trainers.ppo",
     "RewardConfig": "alignfast.trainers.reward",

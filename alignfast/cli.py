@@ -27,6 +27,7 @@ COMMANDS = {
     "eval": ("evaluate", "preference accuracy, reward accuracy or perplexity of a model on a file"),
     "generate": ("generate", "complete prompts"),
     "serve": ("serve", "answer over HTTP, as OpenAI's API does, and take votes on the answers"),
+    "online": ("online", "learn from votes on a server's answers; also: status, promote, rollback"),
     "merge": ("merge", "add LoRA adapters into the weights of their model"),
     "feedback": ("feedback", "votes of people: export, import, stats, expire, delete-user"),
     "keys": ("keys", "API keys of the server: make, list, revoke"),

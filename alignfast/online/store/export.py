@@ -63,10 +63,22 @@ def export_rows(
     judged = store.judged(votes)
     if not repeats:
         judged = distinct(judged)
+    return rows_of(judged, format, with_users=with_users)
+
+
+def rows_of(judged: Iterable[Judged], format: ExportFormat, *, with_users: bool = False) -> list[Row]:
+    """Votes as rows; those that the format has no place for are left out.
+
+    Args:
+        judged: the votes, with what they are about.
+        format: see this module.
+        with_users: name in each row who voted.
+    """
     if format == "openinference":
         return list(_spans(judged, with_users))
     make: Callable[[Judged], Iterator[Row]] = {"pairs": _pairs, "kto": _thumbs, "ranking": _rankings}[format]
-    return [{**row, **_origin(one, with_users)} for one in judged for row in make(one)]
+    found = [one for one in judged if one.vote.kind in _KINDS[format]]
+    return [{**row, **_origin(one, with_users)} for one in found for row in make(one)]
 
 
 def _origin(judged: Judged, with_users: bool) -> Row:

@@ -29,6 +29,7 @@ from alignfast.online.store.deletion import Deleted, delete_user, expire
 from alignfast.online.store.duels import Duels, find_duels
 from alignfast.online.store.files import FileKind, write_lines
 from alignfast.online.store.keys import Keys, token_hash
+from alignfast.online.store.labels import Labels
 from alignfast.online.store.records import (
     Kept,
     Request,
@@ -53,15 +54,14 @@ class Store:
 
     Args:
         engine: of `database.connect`.
-        redact: see `open`.
-        max_votes: see `open`.
-        period: see `open`.
+        redact, max_votes, period: see `open`.
 
     Attributes:
         redact: as given.
         keys: API keys.
         versions: of policies and reward models, and which of them serve.
         runs: of the learner.
+        labels: the queue of annotators.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder, Store.open(f"sqlite:///{folder}/feedback.db") as store:
@@ -86,6 +86,7 @@ class Store:
         self._limit = None if max_votes is None else (max_votes, period)
         self._writer = Writer(engine)
         self.keys, self.versions, self.runs = Keys(self), Versions(self), Runs(self)
+        self.labels = Labels(self)
 
     @classmethod
     def open(
@@ -210,7 +211,7 @@ class Store:
             caller: whose idempotency keys these are; None: the user.
             key: the request's `Idempotency-Key`: the same key with the same vote is answered with the vote that came
                 first, and counts once.
-            own: refuse answers that were shown to somebody else.
+            own: refuse answers that were shown to somebody else, unless the user is an annotator who was given them.
             token_of: but not this response, whose token came with the request.
 
         Returns:
@@ -296,6 +297,7 @@ class Store:
         limit: int | None = None,
         ids: Sequence[str] | None = None,
         fresh: bool = True,
+        replaced: bool = False,
     ) -> list[Vote]:
         """Take votes for a version, each once: of several callers one gets it, and none a second time.
 
@@ -309,12 +311,13 @@ class Store:
             limit: so many at most, the oldest first.
             ids: these votes alone, for replay of a chosen few.
             fresh: leave out what the versions that this one comes from have used.
+            replaced: also votes that a later one has replaced: of those that were trained on meanwhile.
 
         Raises:
             ValueError: there is no such version.
         """
 
-        wanted = matching(kinds, since, until, None, True)
+        wanted = matching(kinds, since, until, None, not replaced)
         return self.write(lambda connection: take_votes(connection, version, wanted, limit, ids, fresh))
 
     def used_by(self, version: str) -> list[Vote]:

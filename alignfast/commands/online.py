@@ -1,0 +1,94 @@
+"""`alignfast online [--once] | status | promote | rollback`: learn from the votes in a store, and what serves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from alignfast.commands.parser import UsageError, parse_options
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How long it goes on."""
+
+    once: bool = False
+    """End when the round is over, or where it has to wait for people; called again, it goes on there."""
+
+
+@dataclass(frozen=True)
+class StatusOptions:
+    """Which store."""
+
+    db: str = "sqlite:///feedback.db"
+    """Database: sqlite:///FILE or postgresql://USER@HOST/NAME."""
+
+
+@dataclass(frozen=True)
+class PromoteOptions:
+    """What shall serve."""
+
+    version: str
+    """Name of a policy version."""
+    db: str = "sqlite:///feedback.db"
+    """Database: sqlite:///FILE or postgresql://USER@HOST/NAME."""
+
+
+@dataclass(frozen=True)
+class RollbackOptions:
+    """Which store, and why."""
+
+    db: str = "sqlite:///feedback.db"
+    """Database: sqlite:///FILE or postgresql://USER@HOST/NAME."""
+    reason: str = "rolled back by hand"
+    """What is kept with the version that stops serving."""
+
+
+def run(command: str, argv: Sequence[str]) -> None:
+    """Learn, or do what the first word says."""
+    if argv and not argv[0].startswith("-"):
+        if argv[0] not in _ACTIONS:
+            raise UsageError(f"there is `alignfast {command} [{' | '.join(_ACTIONS)}]`, got {argv[0]!r}")
+        _ACTIONS[argv[0]](f"{command} {argv[0]}", argv[1:])
+        return
+    from alignfast.online.loop import OnlineConfig, OnlineLoop
+
+    options, config = parse_options(command, argv, RunOptions, OnlineConfig)
+    with OnlineLoop(config) as loop:
+        loop.run(once=options.once)
+
+
+def _status(command: str, argv: Sequence[str]) -> None:
+    (options,) = parse_options(command, argv, StatusOptions)
+    from alignfast.online.loop.status import status
+    from alignfast.online.store import Store
+
+    with Store.open(options.db, create=False) as store:
+        print(status(store))
+
+
+def _promote(command: str, argv: Sequence[str]) -> None:
+    (options,) = parse_options(command, argv, PromoteOptions, positional=("version",))
+    from alignfast.online.store import Store
+
+    with Store.open(options.db, create=False) as store:
+        found = store.versions.get(options.version)
+        if found.kind != "policy":
+            raise ValueError(f"{found.name!r} is a {found.kind} model: only a policy can serve")
+        store.versions.promote(found.name)
+    print(f"serves: {found.name}")
+
+
+def _rollback(command: str, argv: Sequence[str]) -> None:
+    (options,) = parse_options(command, argv, RollbackOptions)
+    from alignfast.online.store import Store
+
+    with Store.open(options.db, create=False) as store:
+        print(f"serves: {store.versions.roll_back(reasons=[options.reason]).name}")
+
+
+_ACTIONS: dict[str, Callable[[str, Sequence[str]], None]] = {
+    "status": _status,
+    "promote": _promote,
+    "rollback": _rollback,
+}

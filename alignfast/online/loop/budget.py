@@ -1,0 +1,99 @@
+"""How far a policy has gone from another one, in nats, and a limit on it while it trains.
+
+    KL(pi || pi') ~ mean over tokens drawn from pi of  log pi - log pi'          k1: unbiased, below 0 by chance
+
+A round's budget is of the KL to the version that it began from, measured on fresh answers; the anchor to the start policy
+is the trainer's own `beta`. Training ends after the first measurement at which the budget is spent, so that the policy
+goes beyond it by what it moves in `every` steps.
+
+Letters: N completions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import TrainerCallback
+
+from alignfast.data import Tree
+from alignfast.evaluation.scores import answer_scores
+from alignfast.models import Policy
+from alignfast.rollout import Completion, Sampling, make_engine
+
+
+def fresh_answers(
+    policy: Policy, tokenizer: Any, prompts: Sequence[Any], most_tokens: int, seed: int
+) -> list[Completion]:
+    """One answer to each prompt, at temperature 1; the same random numbers each time.
+
+    Args:
+        policy: that writes them.
+        tokenizer: its tokenizer.
+        prompts: texts or messages.
+        most_tokens: of an answer.
+        seed: of the random numbers.
+    """
+    sampling = Sampling(max_new_tokens=most_tokens, seed=seed)
+    found = make_engine("native", policy, tokenizer).generate(list(prompts), sampling)
+    return [completion for (completion,) in found]
+
+
+def kl_to(other: Policy, completions: Sequence[Completion]) -> dict[str, float]:
+    """The KL of the policy that drew completions at temperature 1 to another: `kl` a token, `kl_sequence` a completion."""
+    trees = [Tree(of.prompt_ids, (of.token_ids,), (of.mask,)) for of in completions]
+    theirs_N = answer_scores(other, trees).sums_S
+    ours_N = np.array([sum(logp for logp, wrote in zip(of.logps, of.mask) if wrote) for of in completions])
+    tokens = sum(sum(of.mask) for of in completions)
+    gap_N = ours_N - theirs_N
+    return {"kl": float(gap_N.sum() / max(1, tokens)), "kl_sequence": float(gap_N.mean())}
+
+
+class KlBudget(TrainerCallback):
+    """Ends training when the policy has gone as far from another as it may.
+
+    Args:
+        trainer: whose policy it is.
+        other: the version that the round began from.
+        prompts: that answers are drawn to.
+        most: nats a token.
+        every: steps between two measurements.
+        most_tokens: of an answer.
+
+    Attributes:
+        spent: the last measurement; None before the first.
+        ended: whether the budget ended training.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        other: Policy,
+        prompts: Sequence[Any],
+        *,
+        most: float,
+        every: int,
+        most_tokens: int,
+    ) -> None:
+        self.trainer, self.other, self.prompts = trainer, other, prompts
+        self.most, self.every, self.most_tokens = most, every, most_tokens
+        self.spent: float | None = None
+        self.ended = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> Any:
+        """Measure where it is due."""
+        if state.global_step % self.every:
+            return control
+        trainer = self.trainer
+        with trainer.accelerator.autocast():
+            found = fresh_answers(
+                trainer.module, trainer.processing_class, self.prompts, self.most_tokens, args.seed
+            )
+            self.spent = kl_to(self.other, found)["kl"]
+        if self.spent >= self.most:
+            self.ended = control.should_training_stop = True
+            trainer.log.say(
+                f"step {state.global_step}: the round's KL budget is spent, {self.spent:.3f} of {self.most:g}"
+            )
+        return control

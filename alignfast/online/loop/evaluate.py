@@ -1,0 +1,201 @@
+"""What a candidate is worth beside the version that serves, on what nobody was trained on.
+
+    preference    on held-out pairs: how often the candidate gives the chosen answer more log-prob than the serving version
+                  does, compared with the rejected one; 1/2 is no change
+    reward        of the round's reward model, on fresh answers of both to the same prompts and random numbers
+    win rate      of these answers, by a judge that is not that reward model
+    kl            to the start policy, on the candidate's answers; a token, and a completion
+    length        tokens of an answer; cut: share that did not end
+    suites        the operator's own: candidate, serving
+    satisfaction  so far, with the version that serves
+
+Prompts are those of held-out votes; where these are few, those of the others fill up. A figure that has nothing to be
+measured on is left out.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from alignfast.data import load_rows
+from alignfast.data.intervals import proportion
+from alignfast.evaluation import distinct_n, length_figures, load_judge, preference_accuracy, win_rate
+from alignfast.evaluation.preference import IMPLICIT
+from alignfast.online.loop.budget import fresh_answers, kl_to
+from alignfast.online.loop.folders import made_by, publish
+from alignfast.online.loop.policy import candidate_folder, load_version, note_uses, training_figures
+from alignfast.online.loop.votes import prompts_of, training_rows
+from alignfast.online.store import Run
+from alignfast.online.store.stats import satisfaction
+from alignfast.rewards import RewardSet, load_reward
+from alignfast.rollout import Completion
+
+if TYPE_CHECKING:
+    from alignfast.online.loop.loop import OnlineLoop
+    from alignfast.online.loop.round import Round
+
+Answer = Callable[[Sequence[Any]], list[str]]
+
+
+def evaluate_candidate(loop: OnlineLoop, run: Run, round: Round) -> Literal["next"]:
+    """Measure the candidate, and make it a version with its figures in the manifest."""
+    config, name = loop.config, round.policy_name
+    made = made_by(config.folder / name, run.id)
+    figures = made["figures"] if made else {**training_figures(loop, run), **measure(loop, run, round)}
+    assert round.reward is not None
+    publish(
+        loop.store, candidate_folder(loop, run), config.folder, name, "policy",
+        run=run.id, parents=[round.serving, round.reward], config=_config(loop), figures=figures,
+    )  # fmt: skip
+    note_uses(loop, round)
+    round.policy, round.figures = name, figures
+    return "next"
+
+
+def measure(loop: OnlineLoop, run: Run, round: Round) -> dict[str, Any]:
+    """All figures of a candidate."""
+    config, held_out = loop.config, loop.judged(round.held_out)
+    serving, start = loop.store.versions.get(round.serving), loop.start_policy()
+    prompts = _prompts(loop, round)
+    figures: dict[str, Any] = {"prompts": len(prompts)}
+    sides: dict[str, list[Completion]] = {}
+    suites: dict[str, dict[str, float]] = {}
+    for side, path in (("candidate", str(candidate_folder(loop, run))), ("serving", serving.path)):
+        policy, tokenizer = load_version(path, loop.device)
+        sides[side] = fresh_answers(policy, tokenizer, prompts, config.max_completion_length, config.seed)
+        suites[side] = _run_suites(loop, policy, tokenizer)
+        if side == "candidate":
+            figures |= _preference(loop, policy, tokenizer, training_rows(held_out, "pairs"), serving.path)
+        del policy
+        gc.collect()  # before the next one is loaded
+    assert round.reward is not None
+    accuracy = loop.store.versions.get(round.reward).figures.get("reward_accuracy")
+    if accuracy is not None:
+        figures["reward_accuracy"] = accuracy
+    other, _ = load_version(start.path, loop.device)
+    figures |= kl_to(other, sides["candidate"])
+    for side, completions in sides.items():
+        ids = [of.token_ids for of in completions]
+        found = length_figures([len(of) for of in ids], [of.finish_reason == "stop" for of in completions])
+        suffix = "" if side == "candidate" else "_serving"
+        figures[f"length{suffix}"], figures[f"cut{suffix}"] = found["mean_length"], found["clipped_ratio"]
+        figures[f"distinct_2{suffix}"] = distinct_n(ids, 2)
+    figures |= _rewards(loop, round, prompts, sides) | _judged(loop, round, prompts, sides)
+    figures["suites"] = {
+        name: {
+            **{side: found[name] for side, found in suites.items()},
+            "safety": name in config.safety_suites,
+        }
+        for name in suites["candidate"]
+    }
+    thumbs = satisfaction(loop.store).get(round.serving)
+    if thumbs is not None:
+        figures["satisfaction_serving"] = thumbs.rate._asdict()
+    return {
+        name: value for name, value in figures.items() if value == value
+    }  # of no two tokens, nothing is distinct
+
+
+def _config(loop: OnlineLoop) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {
+        name: value for name, value in asdict(loop.config).items() if name != "db"
+    }  # which may hold a password
+
+
+def _prompts(loop: OnlineLoop, round: Round) -> list[Any]:
+    config = loop.config
+    policy, _ = load_version(loop.start_policy().path, "cpu")
+    longest = None if policy.positions is None else policy.positions - config.max_completion_length
+    rows = prompts_of(loop.judged(round.held_out), config.eval_prompts, longest)
+    if len(rows) < config.eval_prompts:
+        known = [row["prompt"] for row in rows]
+        more = prompts_of(loop.judged(round.votes), config.eval_prompts, longest)
+        rows += [row for row in more if row["prompt"] not in known]
+    return [row["prompt"] for row in rows[: config.eval_prompts]]
+
+
+def _preference(
+    loop: OnlineLoop, policy: Any, tokenizer: Any, rows: list[dict[str, Any]], serving: str
+) -> dict[str, Any]:
+    if not rows:
+        return {}
+    reference, _ = load_version(serving, loop.device)
+    found = preference_accuracy(policy, tokenizer, load_rows(rows), reference=reference)
+    return {"preference": found.accuracy[IMPLICIT]._asdict(), "pairs": found.pairs}
+
+
+def _rewards(
+    loop: OnlineLoop, round: Round, prompts: list[Any], sides: dict[str, list[Completion]]
+) -> dict[str, Any]:
+    assert round.reward is not None
+    coefficient = loop.config.policy_options.get("disagreement_coef")
+    model = load_reward(loop.store.versions.get(round.reward).path, disagreement_coef=coefficient)
+    found = {side: model(prompts, _texts(prompts, completions)) for side, completions in sides.items()}
+    ours_N, theirs_N = (np.array(found[side], np.float64) for side in ("candidate", "serving"))
+    return {
+        "reward": float(ours_N.mean()), "reward_serving": float(theirs_N.mean()),
+        "reward_wins": proportion((np.sign(ours_N - theirs_N) + 1) / 2)._asdict(),
+    }  # fmt: skip
+
+
+def _judged(
+    loop: OnlineLoop, round: Round, prompts: list[Any], sides: dict[str, list[Completion]]
+) -> dict[str, Any]:
+    """The win rate, where there is a judge.
+
+    Raises:
+        ValueError: the judge is the reward model in use.
+    """
+    spec = loop.config.judge
+    if spec is None:
+        return {}
+    own = [version.path for version in loop.store.versions.all("reward")]
+    if spec in own:
+        raise ValueError(f"judge={spec!r} is a reward model of this loop: give another one, or api:MODEL")
+    judge = load_judge(spec, timeout=300.0)
+    ours, theirs = (_texts(prompts, sides[side]) for side in ("candidate", "serving"))
+    if isinstance(judge, RewardSet):
+        scores = [judge.score(prompts, texts, {}).rewards_N.numpy() for texts in (ours, theirs)]
+    else:
+        verdicts = judge.compare(prompts, ours, theirs)
+        scores = [np.array([np.nan if v is None else v for v in verdicts]), np.full(len(verdicts), 0.5)]
+    known_N = np.isfinite(scores[0]) & np.isfinite(scores[1])
+    if not known_N.any():
+        return {"judge": spec, "unjudged": 1.0}
+    found = win_rate(scores[0][known_N], scores[1][known_N])
+    return {"judge": spec, "unjudged": float(1 - known_N.mean()), "win_rate": found.rate._asdict()}
+
+
+def _texts(prompts: Sequence[Any], completions: Sequence[Completion]) -> list[Any]:
+    return [
+        of.text if isinstance(prompt, str) else [{"role": "assistant", "content": of.text}]
+        for prompt, of in zip(prompts, completions)
+    ]
+
+
+def _run_suites(loop: OnlineLoop, policy: Any, tokenizer: Any) -> dict[str, float]:
+    """The share that each of the operator's suites gives.
+
+    Raises:
+        ValueError: a suite can't be imported, or gives no number in [0, 1].
+    """
+    config = loop.config
+
+    def answer(prompts: Sequence[Any]) -> list[str]:
+        found = fresh_answers(policy, tokenizer, prompts, config.max_completion_length, config.seed)
+        return [of.text for of in found]
+
+    shares = {}
+    for name, path in {**config.task_suites, **config.safety_suites}.items():
+        suite: Any = load_reward(path)
+        share = suite(answer)
+        if not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise ValueError(f"the suite {name!r} must give a share in [0, 1], got {share!r}")
+        shares[name] = float(share)
+    return shares

@@ -1,0 +1,254 @@
+"""The learner's rounds: stages in order, each begun again where a kill found it.
+
+    collect -> reward -> policy -> evaluate -> gate -> canary -> promote -> watch
+                                                 |        |                   |
+                                              refused  refused          rolled back
+
+Before a stage begins, the store knows the round's state; what a stage does it can do again: models are trained on from
+their checkpoints, folders and rows are made once, by names that follow from the round's number. So a learner that is
+killed at any moment goes on when it is started again, and what serves is the last promoted version all the while.
+
+One learner at a time works on an output_dir: a lock on a file in it, which the system takes back from the dead.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from alignfast.online.feedback import Judged
+from alignfast.online.loop.config import OnlineConfig
+from alignfast.online.loop.evaluate import evaluate_candidate
+from alignfast.online.loop.folders import clear_work
+from alignfast.online.loop.gate import pass_gate
+from alignfast.online.loop.policy import NothingToLearn, learn_policy
+from alignfast.online.loop.reward import learn_reward
+from alignfast.online.loop.round import STAGES, Round
+from alignfast.online.loop.serve import duel, promote, watch
+from alignfast.online.loop.votes import is_held_out
+from alignfast.online.server.versions import first_version
+from alignfast.online.store import Run, Store, Version
+
+Step: TypeAlias = Literal["next", "wait", "end"]
+
+
+class OnlineLoop:
+    """Learns from the votes in a store, round after round.
+
+    Args:
+        config: the options; or give them here by name.
+        store: instead of opening `config.db`.
+        say: what is told goes here, a line at a time.
+        **options: of OnlineConfig.
+
+    Raises:
+        TypeError: options are given twice, or one is unknown.
+        ValueError: an option is out of range.
+
+    >>> loop = OnlineLoop(model="my-model", method="dpo")  # doctest: +SKIP
+    >>> loop.run(once=True)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        config: OnlineConfig | None = None,
+        *,
+        store: Store | None = None,
+        say: Callable[[str], None] = print,
+        **options: Any,
+    ) -> None:
+        if config is not None and options:
+            raise TypeError(
+                f"give options in config or by name, not both: got config and {', '.join(options)}"
+            )
+        self.config = OnlineConfig(**options) if config is None else config
+        self._opened = store is None
+        self.store = Store.open(self.config.db) if store is None else store
+        self.say = say
+
+    def close(self) -> None:
+        """Let the database go, where this loop opened it."""
+        if self._opened:
+            self.store.close()
+
+    def __enter__(self) -> OnlineLoop:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def device(self) -> torch.device:
+        """Where models are measured."""
+        cpu = self.config.policy_options.get("use_cpu", False) or not torch.cuda.is_available()
+        return torch.device("cpu" if cpu else "cuda")
+
+    # Rounds
+
+    def run(self, *, once: bool = False) -> Round | None:
+        """Go on with the round that is under way, or begin one.
+
+        Args:
+            once: return when the round is over, or where it has to wait for people; otherwise go on for ever.
+
+        Returns:
+            The round as it stands.
+
+        Raises:
+            RuntimeError: another learner is at work here.
+            ValueError: no version serves and no model is given, or a stage can't do its work.
+        """
+        with self._alone():
+            self.begin()
+            while True:
+                run = self._run()
+                round = Round.from_dict(run.state)
+                step = self._advance(run, round)
+                if once:
+                    return round
+                if step == "wait":
+                    time.sleep(self.config.poll_seconds)
+
+    def begin(self) -> Version:
+        """The version that serves; the start policy becomes it where none does.
+
+        Raises:
+            ValueError: none serves, and no model is given.
+        """
+        return first_version(self.store, self.config.model)
+
+    def _run(self) -> Run:
+        unfinished = self.store.runs.unfinished()
+        if unfinished:
+            return unfinished[0]
+        serving = self.store.versions.serving()
+        assert serving is not None
+        names = {one.name for one in self.store.versions.all()}
+        number = 1 + len(self.store.runs.all())
+        while {f"reward-{number}", f"policy-{number}"} & names:
+            number += 1
+        return self.store.runs.start(STAGES[0], Round(number, serving.name).to_dict())
+
+    def _advance(self, run: Run, round: Round) -> Step:
+        """Stage after stage, until one waits or ends the round."""
+        for stage in STAGES[STAGES.index(run.stage) :]:
+            step = _DO[stage](self, run, round)
+            if step == "wait":
+                return step
+            if step == "end":
+                break
+            following = STAGES[STAGES.index(stage) + 1 :]
+            if following:
+                self.store.runs.to_stage(run.id, following[0], round.to_dict())
+                run = replace(run, stage=following[0], state=round.to_dict())
+        round.outcome = round.outcome or "done"
+        self.say(f"round {round.number}: {round.outcome}")
+        self.store.runs.to_stage(run.id, run.stage, round.to_dict())
+        clear_work(self.config.folder, run.id)
+        self.store.runs.end(run.id)
+        return "end"
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        self.config.folder.mkdir(parents=True, exist_ok=True)
+        with (self.config.folder / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RuntimeError(
+                    f"another learner is at work on {self.config.folder}; `alignfast online status` says how far it is"
+                ) from error
+            yield
+
+    # What stages ask for
+
+    def judged(self, ids: Sequence[str]) -> list[Judged]:
+        """Votes with what they are about, in the order in which they came; those deleted since are left out."""
+        wanted = set(ids)
+        return self.store.judged([vote for vote in self.store.votes(current=False) if vote.id in wanted])
+
+    def reward_model(self) -> Version | None:
+        """The newest reward model, from which the next one starts; None before the first."""
+        return self.store.versions.serving("reward")
+
+    def used(self, reward: Version) -> set[str]:
+        """Ids of the votes that a reward model and those before it have learned from, or measured with."""
+        known = {version.name: version for version in self.store.versions.all("reward")}
+        found: set[str] = set()
+        waiting = [reward.name]
+        while waiting:
+            name = waiting.pop()
+            found |= {vote.id for vote in self.store.used_by(name)}
+            waiting += [parent for parent in known[name].parents if parent in known]
+        return found
+
+    def start_policy(self) -> Version:
+        """What the version that serves comes from in the end: the anchor of the KL."""
+        found = self.line(self.begin().name)[-1]
+        return self.store.versions.get(found)
+
+    def line(self, name: str) -> list[str]:
+        """A policy and those that it comes from, the newest first."""
+        known = {version.name: version for version in self.store.versions.all("policy")}
+        line = [name]
+        while parents := [parent for parent in known[line[-1]].parents if parent in known]:
+            line.append(parents[0])
+        return line
+
+    def ages(self, serving: str) -> dict[str, int]:
+        """The versions whose answers a policy may learn from, and how many versions they lie behind."""
+        return {name: age for age, name in enumerate(self.line(serving)) if age <= self.config.max_age}
+
+
+def _collect(loop: OnlineLoop, run: Run, round: Round) -> Step:
+    """Enough votes, or enough time: then these votes are the round's, whatever comes later."""
+    config, before = loop.config, loop.reward_model()
+    kinds: Any = config.kinds
+    number = loop.store.unused(None if before is None else before.name, kinds)
+    waited = config.max_wait is not None and time.time() - run.created >= config.max_wait
+    if number < config.min_votes and not (waited and number):
+        loop.say(f"round {round.number}: {number} of {config.min_votes} votes")
+        return "wait"
+    used = set() if before is None else loop.used(before)
+    votes = [vote for vote in loop.store.votes(kinds=kinds) if vote.id not in used]
+    judged = loop.store.judged(votes)
+    held = [is_held_out(one, config.held_out, config.held_out_by, config.seed) for one in judged]
+    round.votes = [one.vote.id for one, out in zip(judged, held) if not out]
+    round.held_out = [one.vote.id for one, out in zip(judged, held) if out]
+    serving = loop.store.versions.serving()
+    assert serving is not None
+    round.serving = serving.name
+    loop.say(f"round {round.number}: {len(round.votes)} votes to learn from, {len(round.held_out)} held out")
+    return "next"
+
+
+def _reward(loop: OnlineLoop, run: Run, round: Round) -> Step:
+    learn_reward(loop, run, round)
+    return "next"
+
+
+def _policy(loop: OnlineLoop, run: Run, round: Round) -> Step:
+    try:
+        learn_policy(loop, run, round)
+    except NothingToLearn as error:
+        round.outcome = f"no candidate: {error}"
+        return "end"
+    return "next"
+
+
+_DO: dict[str, Callable[[OnlineLoop, Run, Round], Step]] = {
+    "collect": _collect,
+    "reward": _reward,
+    "policy": _policy,
+    "evaluate": evaluate_candidate,
+    "gate": pass_gate,
+    "canary": duel,
+    "promote": promote,
+    "watch": watch,
+}

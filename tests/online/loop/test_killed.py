@@ -1,0 +1,110 @@
+"""Learners killed with -9 between any two things that last: every vote is used once, and what served goes on serving."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from online.loop.filled import FAST, ask, make_start, serve_start, vote
+
+from alignfast.online.server.versions import weights_hash
+from alignfast.online.store import Store
+
+LEARNER = Path(__file__).with_name("learner.py")
+NEVER = 1 << 30
+
+
+class Learner:
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.read()
+
+    def read(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def run(self, moment: int, **options: Any) -> int:
+        """The exit code, or the signal that ended it as a negative number."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(
+            json.dumps({"moment": moment, "options": {**FAST, "method": "dpo", **options}}) + "\n"
+        )
+        self.process.stdin.flush()
+        return int(self.read())
+
+
+@contextmanager
+def learner() -> Iterator[Learner]:
+    tests = Path(__file__).parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests)}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [sys.executable, str(LEARNER)], stdin=pipe, stdout=pipe, text=True, env=environment
+    )
+    try:
+        yield Learner(process)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def check_serving(store: Store, expected: set[str]) -> None:
+    serving = store.versions.serving()
+    assert serving is not None
+    assert serving.name in expected
+    assert weights_hash(Path(serving.path)) == serving.hash
+
+
+def check_uses(store: Store, votes: list[str]) -> None:
+    """Every vote in one reward model and in one policy's training or measuring."""
+    used = [one.id for version in store.versions.all("reward") for one in store.used_by(version.name)]
+    assert sorted(used) == sorted(votes)
+    trained = [one.id for version in store.versions.all("policy") for one in store.used_by(version.name)]
+    held_out = {id for run in store.runs.all() for id in run.state["held_out"]}
+    assert sorted(trained) == sorted(set(votes) - held_out)
+
+
+def rounds_of_kills(tmp_path: Path, moments: list[list[int]]) -> list[str]:
+    """Rounds whose learner is killed at each of a round's moments, then left to end; hashes of what it made."""
+    url, folder = f"sqlite:///{tmp_path}/feedback.db", tmp_path / "versions"
+    start = make_start(tmp_path / "start")
+    votes: list[str] = []
+    with Store.open(url) as store:
+        serve_start(store, start)
+        with learner() as learns:
+            before = "start"
+            for number, kills in enumerate(moments, 1):
+                votes += [one.id for one in vote(store, ask(store, 6, seed=number))]
+                for moment in kills:
+                    ended = learns.run(moment, db=url, output_dir=str(folder))
+                    assert ended == -signal.SIGKILL
+                    check_serving(store, {before, f"policy-{number}"})
+                assert learns.run(NEVER, db=url, output_dir=str(folder)) == 0
+                before = f"policy-{number}"
+                check_serving(store, {before})
+                check_uses(store, votes)
+                assert list((folder / ".runs").iterdir()) == []
+        assert [run.status for run in store.runs.all()] == ["done"] * len(moments)
+        return [version.hash for version in store.versions.all()]
+
+
+def test_a_killed_learner_goes_on(tmp_path: Path) -> None:
+    rounds_of_kills(tmp_path, [[3, 9, 5]])
+
+
+@pytest.mark.slow
+def test_thirty_kills(tmp_path: Path) -> None:
+    """At every moment of a round, one after the other; the versions are those of a learner that nobody killed."""
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "left").mkdir()
+    killed = rounds_of_kills(tmp_path / "killed", [[n] for n in range(1, 31)])
+    left = rounds_of_kills(tmp_path / "left", [[] for _ in range(30)])
+    assert killed == left
