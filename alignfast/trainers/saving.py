@@ -87,8 +87,9 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> None:
         ValueError: the checkpoint is of another run.
     """
     progress = read_json(folder / STATE)
+    known = _defaults(trainer) | progress["fingerprint"]
     for name, value in fingerprint(trainer).items():
-        before = progress["fingerprint"].get(name)
+        before = known.get(name)
         if before != value:
             raise ValueError(
                 f"{folder} is of another run: its {name} is {before}, this one's is {value}. Give what it had, or start "
@@ -147,6 +148,15 @@ def fingerprint(trainer: Trainer) -> dict[str, Any]:
         "seed": plan.seed,
         "data": content_hash(trainer.train_data.trees),
         **json.loads(json.dumps(options)),  # tuples as the lists that they are in a file
+    }
+
+
+def _defaults(trainer: Trainer) -> dict[str, Any]:
+    """What options did before there were such options: a checkpoint of an earlier version does not name them."""
+    return {
+        field.name: field.default
+        for field in dataclasses.fields(trainer.args)
+        if field.default is not dataclasses.MISSING
     }
 
 

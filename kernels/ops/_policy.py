@@ -64,12 +64,12 @@ def sequences_of(seq_T: Tensor, mask_T: Tensor | None) -> Sequences:
     num_tokens = len(seq_T)
     starts_T = torch.nn.functional.pad(seq_T[1:] != seq_T[:-1], (1, 0))[:num_tokens]
     index_T = starts_T.cumsum(0)
-    offsets_M = torch.searchsorted(index_T, torch.arange(num_tokens + 1, device=seq_T.device))
-    if mask_T is None:
-        tokens_T = offsets_M.diff()
-    else:
-        before_M = torch.nn.functional.pad(mask_T.cumsum(0), (1, 0))
-        tokens_T = before_M[offsets_M[1:]] - before_M[offsets_M[:-1]]
+    ones_T = torch.ones_like(index_T)
+    length_T = torch.zeros_like(index_T).scatter_add_(0, index_T, ones_T)  # of as many sequences as could be
+    offsets_M = torch.nn.functional.pad(length_T.cumsum(0), (1, 0))
+    tokens_T = length_T
+    if mask_T is not None:
+        tokens_T = torch.zeros_like(index_T).scatter_add_(0, index_T, mask_T.long())
     count = index_T[-1] + 1 if num_tokens else index_T.sum()
     return Sequences(index_T, offsets_M, tokens_T[index_T].clamp(min=1), count)
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ from transformers import (
 )
 
 from alignfast import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
+from alignfast.trainers import saving
 from alignfast.trainers.checkpoint import DamagedCheckpoint
 from alignfast.trainers.interrupt import INTERRUPTED_EXIT_CODE, TrainingInterrupted
 from alignfast.trainers.metrics import read_metrics
@@ -152,6 +154,22 @@ def test_another_run_s_checkpoint_is_refused(tmp_path, change):
     make_trainer("sft", tmp_path, max_steps=2).train()
     with pytest.raises(ValueError, match="another run"):
         make_trainer("sft", tmp_path, **{"max_steps": 2, **change}).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1])
+def test_an_option_that_the_checkpoint_does_not_know_yet_was_at_its_default(tmp_path, monkeypatch, value):
+    def of_an_earlier_version(trainer):
+        found = now(trainer)
+        del found["weight_decay"]
+        return found
+
+    now = saving.fingerprint
+    with monkeypatch.context() as patched:
+        patched.setattr(saving, "fingerprint", of_an_earlier_version)
+        make_trainer("sft", tmp_path, max_steps=2, save_steps=1, weight_decay=value).train()
+    trainer = make_trainer("sft", tmp_path, max_steps=2, save_steps=1, weight_decay=value)
+    with pytest.raises(ValueError, match="its weight_decay is") if value else nullcontext():
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "step-1"))
 
 
 def test_other_rows_of_the_same_number_are_refused(tmp_path):

@@ -16,7 +16,15 @@ from sqlalchemy import ColumnElement, Connection, delete, insert, select
 from alignfast.online.store.database import forget
 from alignfast.online.store.files import Cleared, clear_files
 from alignfast.online.store.records import chunks
-from alignfast.online.store.tables import deletions, feedback, keys, prompt_uses, responses, uses
+from alignfast.online.store.tables import (
+    deletions,
+    feedback,
+    keys,
+    label_assignments,
+    prompt_uses,
+    responses,
+    uses,
+)
 from alignfast.online.store.versions import with_descendants
 
 if TYPE_CHECKING:
@@ -73,6 +81,8 @@ def _delete(store: Store, where: ColumnElement[bool], user: str | None) -> Delet
         number = (
             0 if user is None else connection.execute(delete(keys).where(keys.c.user_id == user)).rowcount
         )
+        if user is not None:
+            connection.execute(delete(label_assignments).where(label_assignments.c.user_id == user))
         if not shown and not votes:
             return 0, 0, number, []
         for some in chunks(

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, and_, bindparam, exists, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, func, insert, select, text, update
 from sqlalchemy.exc import IntegrityError
 
 from alignfast.online.feedback import (
@@ -22,8 +22,13 @@ from alignfast.online.feedback import (
     Vote,
     storable,
 )
-from alignfast.online.store.tables import feedback, idempotency, responses, uses
-from alignfast.online.store.versions import line_of
+from alignfast.online.store.tables import (
+    feedback,
+    idempotency,
+    label_assignments,
+    label_items,
+    responses,
+)
 
 Item = TypeVar("Item")
 
@@ -41,7 +46,8 @@ _ANSWERED = (
 _REPLACE = (
     update(feedback)
     .where(feedback.c.user_id == bindparam("whose"), feedback.c.target == bindparam("what"))
-    .where(feedback.c.slot == bindparam("which"), feedback.c.current)
+    # as the index one_current_vote says it: by `current = 1` SQLite walks through all votes of the user
+    .where(feedback.c.slot == bindparam("which"), text("current"))
     .values(current=False)
     .returning(feedback.c.id)
 )
@@ -137,7 +143,7 @@ class Request:
         said: `body_hash` of what the user sent.
         caller: whose idempotency keys count.
         key: by which a request that is sent again is known; None for none.
-        own: refuse answers that were shown to somebody else.
+        own: refuse answers that were shown to somebody else, and that the user was not given to rank.
         token_of: but not this one, whose token came with the vote.
         limit: most votes of a user, and the seconds in which; None for no limit.
     """
@@ -236,7 +242,7 @@ def _target(connection: Connection, vote: Vote, request: Request) -> tuple[str, 
     assert vote.response_id is not None
     ids = {vote.response_id, *vote.among} | _named_by(vote)
     asked = (_ONE, {"one": vote.response_id}) if len(ids) == 1 else (_SOME, {"some": sorted(ids)})
-    named = _to_vote_on(connection.execute(*asked), vote, request)
+    named = _to_vote_on(connection, connection.execute(*asked), vote, request)
     for id in sorted(ids - named.keys()):
         raise UnknownResponse(f"there is no response {id!r} to vote on")
     if vote.slot != "comparison":
@@ -252,7 +258,8 @@ def _target(connection: Connection, vote: Vote, request: Request) -> tuple[str, 
             raise ValueError(
                 f"response {vote.response_id!r} was shown alone; a {vote.kind} needs answers side by side, or `among`"
             )
-        group = _to_vote_on(connection.execute(_GROUP, {"group": group_id}), vote, request)
+        rows = connection.execute(_GROUP, {"group": group_id})
+        group = _to_vote_on(connection, rows, vote, request)
         target, among = f"group:{group_id}", tuple(sorted(group))
     _check_comparison(vote, among)
     return target, among
@@ -268,11 +275,27 @@ def _named_target(connection: Connection, vote: Vote, named: dict[str, Any]) -> 
     return "among:" + " ".join(vote.among)
 
 
-def _to_vote_on(rows: Iterable[Any], vote: Vote, request: Request) -> dict[str, Any]:
+def _to_vote_on(connection: Connection, rows: Iterable[Any], vote: Vote, request: Request) -> dict[str, Any]:
     """Rows of answers by id, less those that are not the user's where they must be."""
+    found = {row.id: row for row in rows}
     if not request.own:
-        return {row.id: row for row in rows}
-    return {row.id: row for row in rows if row.user_id == vote.user or row.id == request.token_of}
+        return found
+    foreign = {
+        id: row.group_id for id, row in found.items() if row.user_id != vote.user and id != request.token_of
+    }
+    groups = sorted({group for group in foreign.values() if group is not None})
+    given = in_hands_of(connection, vote.user, groups) if groups else ()
+    return {id: row for id, row in found.items() if id not in foreign or foreign[id] in given}
+
+
+def in_hands_of(connection: Connection, user: str, groups: Sequence[str]) -> set[str]:
+    """Those of some groups whose answers an annotator was given to rank, whoever they were drawn for."""
+    statement = (
+        select(label_items.c.group_id)
+        .join(label_assignments, label_assignments.c.item == label_items.c.id)
+        .where(label_items.c.group_id.in_(groups), label_assignments.c.user_id == user)
+    )
+    return set(connection.execute(statement).scalars())
 
 
 def _named_by(vote: Vote) -> set[str]:
@@ -348,17 +371,6 @@ def join_answers(connection: Connection, votes: Sequence[Vote]) -> list[Judged]:
 def counted(connection: Connection, where: ColumnElement[bool]) -> int:
     """How many rows of `feedback` fulfil a condition."""
     return connection.execute(select(func.count()).select_from(feedback).where(where)).scalar_one()
-
-
-def unused_by(connection: Connection, version: str, fresh: bool) -> ColumnElement[bool]:
-    """The condition that a version has not used a vote; with `fresh`, nor any that it comes from.
-
-    Raises:
-        ValueError: there is no such version.
-    """
-    line = line_of(connection, version)
-    used = uses.c.version.in_(line if fresh else line[:1])
-    return ~exists().where(used, uses.c.feedback == feedback.c.seq)
 
 
 def present(connection: Connection, column: ColumnElement[Any], values: Iterable[Any]) -> set[Any]:

@@ -5,6 +5,7 @@
     uses           which feedback a version has used    prompt_uses    whose prompts it was sampled for
     runs           learner runs and their stage         idempotency    requests that were answered
     keys           API keys, hashed                     secrets        of this installation, to sign with
+    label_items    prompts to rank answers to           label_assignments   and in whose hands they are
     files          exports, replays and samples that hold rows of these
     deletions      ids of what was deleted, for those files to follow, and which versions had been trained on it
 
@@ -192,6 +193,24 @@ files = Table(
     Column("kind", Text, nullable=False),
     Column("created", Double, nullable=False),
     Column("cleared", Number, nullable=False),  # the last deletion that the file has followed
+)
+
+label_items = Table(
+    "label_items",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("place", Integer, nullable=False, index=True),
+    Column("prompt", JSON, nullable=False),
+    Column("group_id", Text, index=True),  # no reference: answers may be deleted, and are then drawn anew
+)
+
+label_assignments = Table(
+    "label_assignments",
+    metadata,
+    Column("item", Text, ForeignKey("label_items.id", ondelete="CASCADE"), primary_key=True),
+    Column("user_id", Text, primary_key=True, index=True),
+    Column("created", Double, nullable=False),
+    Column("skipped", Boolean, nullable=False),
 )
 
 keys = Table(

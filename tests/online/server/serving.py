@@ -25,6 +25,7 @@ from alignfast.online.feedback import Shown, Vote
 from alignfast.online.server.app import make_app
 from alignfast.online.server.service import Limits, Service
 from alignfast.online.server.versions import Version
+from alignfast.online.server.watch import Watch
 from alignfast.online.store import Store, tables
 from alignfast.online.store.keys import Role
 from alignfast.online.store.stats import store_stats
@@ -90,6 +91,7 @@ class Live:
     """A server that listens."""
 
     service: Service
+    watch: Watch
     url: str
 
     @property
@@ -121,12 +123,15 @@ class Live:
 
 @contextmanager
 def listening(service: Service) -> Iterator[Live]:
-    server = uvicorn.Server(uvicorn.Config(make_app(service), port=0, log_level="warning"))
+    app = make_app(service)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     until(lambda: server.started)
     try:
-        yield Live(service, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}")
+        yield Live(
+            service, app.state.watch, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        )
     finally:
         server.should_exit = True
         thread.join()
