@@ -8,12 +8,12 @@ from typing import Any
 
 from alignfast.online.feedback import KINDS
 from alignfast.online.learning.gate import GateConfig
+from alignfast.online.learning.trainer import FeedbackConfig
 from alignfast.trainers.config import TrainerConfig, config
 from alignfast.trainers.dpo import DPOConfig
 from alignfast.trainers.grpo import GRPOConfig
 from alignfast.trainers.kto import KTOConfig
 from alignfast.trainers.ppo import PPOConfig
-from alignfast.trainers.reward import RewardConfig
 
 METHODS: dict[str, type[TrainerConfig]] = {
     "grpo": GRPOConfig,
@@ -55,7 +55,7 @@ class OnlineConfig:
     reward_model: str | None = None
     """Folder or hub name that the first reward model starts from; None: the start policy with a fresh head."""
     reward_options: dict[str, Any] = field(default_factory=dict)
-    """Options of the reward model's update."""
+    """Options of the reward model's update: those of RewardConfig, and of `alignfast.online.learning.FeedbackConfig`."""
 
     method: str = "grpo"
     """`grpo` or `ppo` on fresh answers to logged prompts; `dpo` or `kto` straight from votes."""
@@ -138,7 +138,7 @@ class OnlineConfig:
             if own:
                 raise ValueError(f"{name}: {', '.join(own)} is set by the loop itself: leave it out")
         self.trainer_config(self.folder / "policy")  # tells a wrong option
-        RewardConfig(**self.reward_options)
+        FeedbackConfig(**self.reward_options)
         GateConfig(**self.gate)
 
     def _require(self, holds: bool, name: str, expected: str) -> None:

@@ -52,7 +52,10 @@ def begin_work(folder: Path, of: Any) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(key)
     shutil.rmtree(folder / "model", ignore_errors=True)  # whole or half, it is made again
-    return checkpoint.find_newest(folder / "checkpoints", lambda text: None) is not None
+    goes_on = checkpoint.find_newest(folder / "checkpoints", lambda text: None) is not None
+    if not goes_on:  # a first one that is half written is none
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return goes_on
 
 
 def clear_work(output_dir: Path, run: str) -> None:

@@ -27,9 +27,9 @@ from alignfast.online.loop.config import OnlineConfig
 from alignfast.online.loop.evaluate import check_judge, evaluate_candidate
 from alignfast.online.loop.folders import clear_work
 from alignfast.online.loop.gate import pass_gate
-from alignfast.online.loop.policy import NothingToLearn, learn_policy
+from alignfast.online.loop.policy import learn_policy
 from alignfast.online.loop.reward import learn_reward
-from alignfast.online.loop.round import STAGES, Round
+from alignfast.online.loop.round import STAGES, NothingToLearn, Round
 from alignfast.online.loop.serve import duel, promote, watch
 from alignfast.online.loop.votes import is_held_out, newest_of_each
 from alignfast.online.server.versions import first_version
@@ -114,7 +114,7 @@ class OnlineLoop:
                 step = self._advance(run, round)
                 if once:
                     return round
-                if step == "wait":
+                if step == "wait" or round.policy is None:  # there may be nothing to learn for as long
                     time.sleep(self.config.poll_seconds)
 
     def begin(self) -> Version:
@@ -241,13 +241,18 @@ def _collect(loop: OnlineLoop, run: Run, round: Round) -> Step:
 
 
 def _reward(loop: OnlineLoop, run: Run, round: Round) -> Step:
-    learn_reward(loop, run, round)
-    return "next"
+    return _unless_nothing(learn_reward, loop, run, round)
 
 
 def _policy(loop: OnlineLoop, run: Run, round: Round) -> Step:
+    return _unless_nothing(learn_policy, loop, run, round)
+
+
+def _unless_nothing(
+    learn: Callable[[OnlineLoop, Run, Round], None], loop: OnlineLoop, run: Run, round: Round
+) -> Step:
     try:
-        learn_policy(loop, run, round)
+        learn(loop, run, round)
     except NothingToLearn as error:
         round.outcome = f"no candidate: {error}"
         return "end"

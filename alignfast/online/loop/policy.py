@@ -19,6 +19,7 @@ from alignfast.online.loop.budget import KlBudget
 from alignfast.online.loop.config import ON_POLICY
 from alignfast.online.loop.folders import begin_work, made_by, work_folder
 from alignfast.online.loop.logged import LoggedGRPOTrainer, logged_groups, within_kl
+from alignfast.online.loop.round import NothingToLearn, Round
 from alignfast.online.loop.votes import prompts_of, training_rows
 from alignfast.online.store import Run
 from alignfast.trainers.dpo import DPOTrainer
@@ -29,13 +30,8 @@ from alignfast.trainers.state import read_json, write_json
 
 if TYPE_CHECKING:
     from alignfast.online.loop.loop import OnlineLoop
-    from alignfast.online.loop.round import Round
 
 _FIGURES, _KL_PROMPTS = "figures.json", 16
-
-
-class NothingToLearn(ValueError):
-    """The round's votes give this method no row to train on."""
 
 
 def candidate_folder(loop: OnlineLoop, run: Run) -> Path:

@@ -9,6 +9,10 @@ from typing import Any
 STAGES = ("collect", "reward", "policy", "evaluate", "gate", "canary", "promote", "watch")
 
 
+class NothingToLearn(ValueError):
+    """The round's votes give a stage nothing to train on."""
+
+
 @dataclass
 class Round:
     """One round of the learner. Each stage fills in what the later ones read.
