@@ -46,7 +46,7 @@ def kill_at(number: int) -> None:
 def main() -> None:
     import alignfast.online.loop.gate
     import alignfast.trainers.dpo
-    import alignfast.trainers.reward  # noqa: F401 - before the forks
+    import alignfast.trainers.reward
 
     alignfast.online.loop.gate.gate = lambda figures, limits: Decision(True, ())
     print("ready", flush=True)
