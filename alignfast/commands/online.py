@@ -67,7 +67,7 @@ def run(command: str, argv: Sequence[str]) -> None:
 
 
 def _simulate(command: str, argv: Sequence[str]) -> None:
-    from alignfast.online.simulate import SimulationConfig, simulate
+    from alignfast.simulation import SimulationConfig, simulate
 
     (config,) = parse_options(command, argv, SimulationConfig)
     simulate(config)

@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("vaderSentiment")
 
-from alignfast.online.simulate import SimulationConfig, simulate
-from alignfast.online.simulate.people import Person, brief_too
 from alignfast.online.store import Store
+from alignfast.simulation import SimulationConfig, simulate
+from alignfast.simulation.people import Person, brief_too
 
 
 def make_person(contrarian: bool = False) -> Person:

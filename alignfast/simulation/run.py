@@ -23,14 +23,14 @@ import httpx
 from alignfast.data.intervals import Interval, proportion
 from alignfast.online.loop import OnlineConfig, OnlineLoop
 from alignfast.online.loop.round import Round
-from alignfast.online.simulate.people import Person, brief_too, is_contrarian
-from alignfast.online.simulate.plot import draw
-from alignfast.online.simulate.visits import Visit, running, visits
 from alignfast.online.store import Store
 from alignfast.quickstart import grammar
 from alignfast.quickstart.judges import simulated_user
 from alignfast.quickstart.run import answered_by_the_grammar
 from alignfast.quickstart.stages import ANSWER_TOKENS, SFT, fine_tune
+from alignfast.simulation.people import Person, brief_too, is_contrarian
+from alignfast.simulation.plot import draw
+from alignfast.simulation.visits import Visit, running, visits
 from alignfast.trainers.state import write_json
 
 _SWAP_SECONDS = 60.0

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from alignfast.online.simulate.run import Phase
+    from alignfast.simulation.run import Phase
 
 _BLUE, _GREY = "#1f5fa8", "#6b7280"
 

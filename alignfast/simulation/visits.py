@@ -12,9 +12,9 @@ from typing import Any
 
 import httpx
 
-from alignfast.online.simulate.people import Person
 from alignfast.quickstart.judges import Judge
 from alignfast.quickstart.stages import SFT
+from alignfast.simulation.people import Person
 
 _AT_ONCE = 16  # people who ask at the same time
 _PATIENCE = 120.0  # seconds for an answer
