@@ -44,6 +44,13 @@ class ServeOptions:
     """From a request to the end of its answer; what takes longer is told 504."""
     session_hours: float = 12.0
     """A browser's cookie is good for so long."""
+    label: str | None = None
+    """Prompts whose answers annotators rank at /label: JSONL or another dataset with a column `prompt`. They are put into
+    the database's queue, each once."""
+    label_answers: int = 4
+    """Answers to each of them, drawn when an annotator first asks for it; 2 to 8."""
+    label_overlap: int = 2
+    """Annotators who rank each."""
     max_votes: int | None = 1000
     """Votes that one user may give in `votes_period`, all anonymous ones together; more are told 429."""
     votes_period: float = 3600.0
@@ -69,6 +76,8 @@ def run(command: str, argv: Sequence[str]) -> None:
     import torch
     from rich.console import Console
 
+    from alignfast.data import load_rows
+    from alignfast.online.server.labelling import request_of
     from alignfast.online.server.run import check_address, serve
     from alignfast.online.server.service import Limits, Service
     from alignfast.online.server.versions import first_version, served_name
@@ -97,6 +106,11 @@ def run(command: str, argv: Sequence[str]) -> None:
         )
         console.print(_who_may_ask(service.keyless))
         console.print(f"answers and votes are kept in {options.db}")
+        if options.label is not None:
+            prompts = [row["prompt"] for row in load_rows(options.label, formats=["prompt"])]
+            for prompt in prompts:
+                request_of(prompt, name, options.label_answers)  # refused here, not before an annotator
+            console.print(f"{store.labels.add(prompts)} prompts were put into the queue at /label")
         serve(service, options.host, options.port, retention_days=options.retention_days)
 
 

@@ -3,6 +3,8 @@
 POST /v1/chat/completions   POST /v1/completions   GET /v1/models   GET /v1/models/{id}
 POST /v1/feedback           POST /v1/session       GET /metrics     GET /health   GET /openapi.json
 GET  /v1/loop               POST /v1/loop/promote  POST /v1/loop/rollback             (loop.py)
+GET  /v1/label/next         POST /v1/label/skip    GET /v1/label/agreement            (labelling.py)
+GET  /v1/session            DELETE /v1/session     GET /, /label, /loop, /static/*    (pages.py)
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 import alignfast
-from alignfast.online.server import loop
+from alignfast.online.server import labelling, loop, pages
 from alignfast.online.server.errors import ApiError, install
 from alignfast.online.server.generate import answer, make_job
-from alignfast.online.server.guard import COOKIE, BodyLimit, Guard, caller_of, fresh_user, require
+from alignfast.online.server.guard import COOKIE, OPEN, BodyLimit, Guard, caller_of, fresh_user, require
 from alignfast.online.server.metrics import Measure
 from alignfast.online.server.schema import ChatRequest, CompletionRequest, FeedbackRequest
 from alignfast.online.server.service import Service, service_of
@@ -52,11 +54,12 @@ def make_app(service: Service, *, retention_days: float | None = None) -> FastAP
     )  # fmt: skip
     app.state.service, app.state.watch, app.state.began = service, watch, int(time.time())
     app.include_router(router)
-    app.include_router(loop.router)
+    for more in (loop.router, labelling.router, pages.router):
+        app.include_router(more)
     install(app)
     # the last one added comes first
     app.add_middleware(BodyLimit, max_bytes=service.limits.max_body_bytes)
-    app.add_middleware(Guard, service=service)
+    app.add_middleware(Guard, service=service, open_to_all=OPEN | pages.FILES.keys())
     app.add_middleware(Measure, metrics=service.metrics)
     return app
 

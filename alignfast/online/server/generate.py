@@ -118,7 +118,22 @@ async def answer(service: Service, job: Job, receive: Receive) -> Response:
     """The response to a job; its drawing ends with its reader.
 
     Raises:
-        ApiError: 422 for a prompt that leaves no room, 429, 500 or 504.
+        ApiError: as `begin`, 500 or 504.
+    """
+    answering = begin(service, job)
+    if job.body.stream:
+        return EventStream(answering)
+    whole = await unless_gone(receive, answering.whole())
+    if whole is None:
+        return Response(status_code=499)  # nobody reads it
+    return JSONResponse(whole, headers=answering.frame.headers())
+
+
+def begin(service: Service, job: Job) -> Answering:
+    """Have a job's answers drawn; who takes them ends that.
+
+    Raises:
+        ApiError: 422 for a prompt that leaves no room, 429 where too many wait.
     """
     try:
         ticket = service.runner.submit(
@@ -129,13 +144,7 @@ async def answer(service: Service, job: Job, receive: Receive) -> Response:
         raise ApiError(429, str(full), code="rate_limit_exceeded", headers=headers) from full
     except ValueError as error:
         raise ApiError(422, str(error), param="prompt") from error
-    answering = Answering(service, job, ticket)
-    if job.body.stream:
-        return EventStream(answering)
-    whole = await unless_gone(receive, answering.whole())
-    if whole is None:
-        return Response(status_code=499)  # nobody reads it
-    return JSONResponse(whole, headers=answering.frame.headers())
+    return Answering(service, job, ticket)
 
 
 class Answering:

@@ -20,6 +20,7 @@ import json
 import re
 import secrets
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -135,15 +136,16 @@ class Guard:
     Args:
         app: behind it.
         service: whose store knows the keys.
+        open_to_all: paths that anybody may ask for.
     """
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self.app, self.service = app, service
+    def __init__(self, app: ASGIApp, service: Service, open_to_all: Collection[str] = OPEN) -> None:
+        self.app, self.service, self.open_to_all = app, service, frozenset(open_to_all)
         self._known: dict[bytes, tuple[Caller, float]] = {}  # by the key's digest, and when it was looked up
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
-        if scope["type"] == "lifespan" or scope.get("path") in OPEN:
+        if scope["type"] == "lifespan" or scope.get("path") in self.open_to_all:
             await self.app(scope, receive, send)
             return
         if scope["type"] != "http":

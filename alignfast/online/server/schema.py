@@ -244,6 +244,12 @@ def _wrong_edit(vote: FeedbackRequest) -> str:
     return "" if isinstance(vote.value, str) and vote.value else "the text as it should have been"
 
 
+class SkipRequest(Body):
+    """Of /v1/label/skip."""
+
+    item: Id
+
+
 class PromoteRequest(Body):
     """Of /v1/loop/promote."""
 

@@ -53,12 +53,22 @@ class Limits:
     """From a request to the end of its answer; what takes longer is told 504."""
     session_hours: float = 12.0
     """A browser's cookie is good for so long."""
+    label_answers: int = 4
+    """Answers to each prompt of the labelling queue."""
+    label_overlap: int = 2
+    """Annotators who rank each of them."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if not value > 0 and (field.name, value) != ("max_queue", 0):
                 raise ValueError(f"{field.name} must be above 0, got {value}")
+        if not 2 <= self.label_answers <= 8:
+            raise ValueError(f"label_answers must be 2 to 8, for people to rank, got {self.label_answers}")
+        if self.label_answers > self.max_answers:
+            raise ValueError(
+                f"label_answers={self.label_answers} is above max_answers={self.max_answers}: raise that too"
+            )
 
 
 class Service:
@@ -73,6 +83,7 @@ class Service:
     Attributes:
         keyless: whether there never was a key: the loopback alone is answered.
         canary_share: of the users who meet the canary.
+        drawing: held while answers of the labelling queue are drawn.
     """
 
     def __init__(
@@ -86,6 +97,7 @@ class Service:
         self.limits, self.loading = limits or Limits(), dict(loading or {})
         self.keyless = not store.keys.any()
         self.canary_share = 0.0
+        self.drawing = asyncio.Lock()
         self.signer = Signer(store.secret("server"))
         self.runner = Runner(self.limits.max_sequences, self.limits.max_queue)
         self.metrics = Metrics(self.runner)

@@ -81,6 +81,24 @@ class LabelStats:
     agreement: Interval | None
     annotators: tuple[Annotator, ...]
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        annotators = []
+        for one in self.annotators:
+            found = one.agreement
+            agreed = {} if found is None else {"agreed": found.agreed, "others": found.others}
+            annotators.append(
+                {
+                    "user": one.user, "ranked": one.ranked, "compared": 0 if found is None else found.compared,
+                    "flagged": found is not None and found.flagged, **agreed,
+                }
+            )  # fmt: skip
+        share = None if self.agreement is None else self.agreement._asdict()
+        return {
+            "items": self.items, "done": self.done, "compared": self.compared, "agreement": share,
+            "annotators": annotators,
+        }  # fmt: skip
+
 
 class Labels:
     """See the module."""
@@ -112,6 +130,11 @@ class Labels:
             return len(rows)
 
         return self._store.write(work)
+
+    def any(self) -> bool:
+        """Whether there is a prompt in the queue."""
+        with self._store.read() as connection:
+            return connection.execute(select(label_items.c.id).limit(1)).first() is not None
 
     def next(self, user: str, overlap: int) -> Item | None:
         """The item that an annotator ranks now; None: there is none left for them.
@@ -164,6 +187,11 @@ class Labels:
                 raise ValueError(f"the item {item!r} is not in your hands")
 
         self._store.write(work)
+
+    def group_of(self, item: str) -> str | None:
+        """Which answers an item has; None before they are drawn."""
+        with self._store.read() as connection:
+            return connection.execute(select(label_items.c.group_id).where(label_items.c.id == item)).scalar()
 
     def drawn(self, item: str, group_id: str) -> str:
         """Say which answers an item has; the first word counts, unless those answers are gone.

@@ -56,7 +56,7 @@ def routes(live: Live) -> list[tuple[str, str]]:
 
 def test_every_route_but_health_needs_a_key(live: Live) -> None:
     found = routes(live)
-    assert len(found) == 11
+    assert len(found) == 16
     wrong = [
         "",
         "Bearer",
