@@ -51,7 +51,7 @@ def live() -> Any:
 @pytest.mark.parametrize("who", KEYS)
 def test_no_request_is_a_server_error(live: Live, who: str) -> None:
     found = ask_all(live, KEYS[who], 6, 1)
-    assert len({route for route, _ in found}) == 11
+    assert {"POST /v1/feedback", "POST /v1/chat/completions"} < {route for route, _ in found}
     opened = {route for route, status in found if status == 200}
     if who == "nobody":
         assert opened == {"GET /health"}
