@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from online.loop.filled import FAST, LIKED, ask, make_start, serve_start, vote
 
+from alignfast.cli import main
 from alignfast.online.feedback import Judged, Shown, Vote
 from alignfast.online.learning.gate import Decision
 from alignfast.online.loop import OnlineConfig, OnlineLoop, Round
 from alignfast.online.loop import gate as loop_gate
 from alignfast.online.loop.evaluate import check_judge
 from alignfast.online.loop.folders import read_manifest
-from alignfast.online.loop.votes import newest_of_each
+from alignfast.online.loop.votes import first_of_each
 from alignfast.online.server.versions import weights_hash
 from alignfast.online.store import Store
 
@@ -166,10 +168,28 @@ def test_a_voter_has_so_many_votes_in_a_round() -> None:
         Judged(Vote(response_id="a", kind="thumb", value="up", user=user, id=str(i)), (shown,))
         for i, user in enumerate(users)
     ]
-    kept, beyond = newest_of_each(votes, 1)
-    assert [one.vote.id for one in kept] == ["3", "4"]
-    assert beyond == ["0", "1", "2"]
-    assert newest_of_each(votes, None) == (votes, [])
+    kept, beyond = first_of_each(votes, 1)
+    assert [one.vote.id for one in kept] == ["0", "1"]
+    assert beyond == ["2", "3", "4"]
+    assert first_of_each(votes, None) == (votes, [])
+
+
+def test_options_come_from_a_file(
+    store: Store, tmp_path: Path, start: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serve_start(store, start)
+    vote(store, ask(store, 2))
+    options = {
+        "db": f"sqlite:///{tmp_path}/feedback.db", "output_dir": str(tmp_path / "versions"), "method": "grpo",
+        "min_votes": 100, "max_wait": 3600, "kinds": ["thumb", "ranking"], "policy_options": {"num_generations": 4},
+        "gate": {"max_kl": 0.5}, "task_suites": {"lower": "online.loop.test_loop:all_lower"},
+    }  # fmt: skip
+    file = tmp_path / "loop.yaml"
+    file.write_text(yaml.safe_dump(options))
+    assert main(["online", "--config", str(file), "--once"]) == 0
+    assert "round 1: 4 of 100 votes" in capsys.readouterr().out
+    assert main(["online", "--config", str(file), "--once", "--method", "ppo"]) == 1
+    assert "num_generations" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
