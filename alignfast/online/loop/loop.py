@@ -218,7 +218,7 @@ class OnlineLoop:
         return {name: age for age, name in enumerate(self.line(serving)) if age <= self.config.max_age}
 
 
-def _collect(loop: OnlineLoop, run: Run, round: Round) -> Step:
+def collect(loop: OnlineLoop, run: Run, round: Round) -> Step:
     """Enough votes, or enough time: then these votes are the round's, whatever comes later."""
     config, before = loop.config, loop.reward_model()
     kinds: Any = config.kinds
@@ -260,7 +260,7 @@ def _unless_nothing(
 
 
 _DO: dict[str, Callable[[OnlineLoop, Run, Round], Step]] = {
-    "collect": _collect,
+    "collect": collect,
     "reward": _reward,
     "policy": _policy,
     "evaluate": evaluate_candidate,

@@ -17,6 +17,7 @@ from alignfast.online.loop import OnlineConfig, OnlineLoop, Round
 from alignfast.online.loop import gate as loop_gate
 from alignfast.online.loop.evaluate import check_judge
 from alignfast.online.loop.folders import read_manifest
+from alignfast.online.loop.loop import collect
 from alignfast.online.loop.votes import first_of_each
 from alignfast.online.server.versions import weights_hash
 from alignfast.online.store import Store
@@ -147,6 +148,25 @@ def test_a_round_waits_for_votes(store: Store, tmp_path: Path, start: Path) -> N
     assert (run.status, run.stage) == ("running", "collect")
     with loop._alone(), pytest.raises(RuntimeError, match="another learner is at work"):
         loop.run(once=True)
+
+
+def test_what_a_round_collects(store: Store, tmp_path: Path, start: Path) -> None:
+    """After max_wait any number will do; nobody has more than they may, and the rest counts as seen."""
+    serve_start(store, start)
+    votes = vote(store, ask(store, 12))  # of ten users, two a group
+    loop = make_loop(store, tmp_path, min_votes=100, max_wait=0.0, votes_per_user=2, held_out=0.5)
+    run = store.runs.start("collect")
+    round = Round(1, "start")
+    assert collect(loop, run, round) == "next"
+    assert len(round.beyond) == 4
+    assert sorted([*round.votes, *round.held_out, *round.beyond]) == sorted(one.id for one in votes)
+    sides = [{one.vote.user for one in loop.judged(ids)} for ids in (round.votes, round.held_out)]
+    assert all(sides)
+    assert not sides[0] & sides[1]
+    # another seed holds others out
+    again = Round(1, "start")
+    collect(make_loop(store, tmp_path, max_wait=0.0, held_out=0.5, seed=1), run, again)
+    assert {*again.held_out} != {*round.held_out}
 
 
 def test_votes_without_a_row_for_the_method_end_the_round(store: Store, tmp_path: Path, start: Path) -> None:
