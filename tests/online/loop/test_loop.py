@@ -154,7 +154,7 @@ def test_what_a_round_collects(store: Store, tmp_path: Path, start: Path) -> Non
     """After max_wait any number will do; nobody has more than they may, and the rest counts as seen."""
     serve_start(store, start)
     votes = vote(store, ask(store, 12))  # of ten users, two a group
-    loop = make_loop(store, tmp_path, min_votes=100, max_wait=0.0, votes_per_user=2, held_out=0.5)
+    loop = make_loop(store, tmp_path, min_votes=100, max_wait=1e-9, votes_per_user=2, held_out=0.5)
     run = store.runs.start("collect")
     round = Round(1, "start")
     assert collect(loop, run, round) == "next"
@@ -165,7 +165,7 @@ def test_what_a_round_collects(store: Store, tmp_path: Path, start: Path) -> Non
     assert not sides[0] & sides[1]
     # another seed holds others out
     again = Round(1, "start")
-    collect(make_loop(store, tmp_path, max_wait=0.0, held_out=0.5, seed=1), run, again)
+    collect(make_loop(store, tmp_path, max_wait=1e-9, held_out=0.5, seed=1), run, again)
     assert {*again.held_out} != {*round.held_out}
 
 
