@@ -225,7 +225,7 @@ class _Shared(NamedTuple):
                         seen[number][0],
                         above,
                         levels[one.kind, period, k],
-                        voters[one.whole],
+                        voters[one.user],
                         one.weight,
                     )
                     for k, above in enumerate(one.above)

@@ -140,14 +140,14 @@ def judged_leads(said: Sequence[Said], rewards: Sequence[Any]) -> Iterator[tuple
     >>> list(judged_leads(votes, [[2.0], [0.5]]))
     [(1.5, 'ada')]
     """
-    verdicts: dict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
+    verdicts: dict[tuple[str, str, str], list[tuple[int, float]]] = defaultdict(list)
     for one, reward_K in zip(said, rewards):
         if one.above:
-            verdicts[one.kind, one.whole].append((sum(one.above), float(reward_K[0])))
+            verdicts[one.kind, one.user, one.whole].append((sum(one.above), float(reward_K[0])))
         for better, worse, tied in pairs_of(one):
             if not tied:
                 yield float(reward_K[better] - reward_K[worse]), one.whole
-    for (_, whole), of in verdicts.items():
+    for (_, _, whole), of in verdicts.items():
         for (first, reward), (second, other) in itertools.pairwise(of):
             if first != second:
                 yield (reward - other if first > second else other - reward), whole

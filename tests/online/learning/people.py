@@ -42,9 +42,10 @@ def answers(draw: random.Random, name: str, number: int) -> tuple[Shown, ...]:
     )
 
 
-def votes_of(kind: Kind, number: int, seed: int = 0, users: int = 20, strict: bool = True) -> list[Judged]:
+def votes_of(kind: Kind, number: int, seed: int = 0, users: int = 20) -> list[Judged]:
     """Votes of one kind. Users are pleased more or less easily; thumbs and ratings say more of them than of answers."""
-    draw, found = random.Random(f"{kind} {seed}"), []
+    draw = random.Random(f"{kind} {seed}")
+    found: list[Judged] = []
     while len(found) < number:
         at = len(found)
         shown = answers(draw, f"{kind}-{seed}-{at}", {"pair": 2, "ranking": 4}.get(kind, 1))
