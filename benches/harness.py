@@ -358,7 +358,7 @@ def need(module: str, package: str = "alignfast[bench]") -> Any:
 def need_gpu(what: str) -> None:
     """Skips where there is none."""
     if device().type != "cuda":
-        pytest.skip(f"{what} runs on a GPU alone")
+        pytest.skip(f"{what}: there is no GPU here")
 
 
 def need_memory(wanted: float) -> None:

@@ -101,14 +101,15 @@ def bars(rows: Sequence[Row], run: Run, what: str, colours: dict[str, str]) -> F
     shapes = list(dict.fromkeys(row.shape for row in rows))[:_MOST_SHAPES]
     panels = [_ordered([row for row in rows if row.shape == shape], what) for shape in shapes]
     heights = [0.62 + 0.3 * len(panel) for panel in panels]
-    figure = Figure(figsize=(7.6, 0.35 + sum(heights)), layout="constrained")
+    figure = Figure(figsize=(7.6, 0.65 + sum(heights)), layout="constrained")
+    _titled(figure, f"{rows[0].group}: {what}")
     all_axes = figure.subplots(len(shapes), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, shape, panel in zip(all_axes, shapes, panels):
         _bar_panel(axes, panel, run, what, colours)
         axes.set_title(shape, fontsize=9.5, loc="left", color="#5b6472")
     all_axes[-1].set_xlabel(
-        "milliseconds, median" if what == "time" else "peak memory beyond the inputs, MiB"
-        if not any("step_s_median" in row.info for row in rows) else "peak memory of the process, MiB"
+        "milliseconds, median; dotted: what this machine's own limits allow" if what == "time"
+        else "peak memory beyond the inputs, MiB" if not any("step_s_median" in row.info for row in rows) else "peak memory of the process, MiB"
     )  # fmt: skip
     return figure
 
@@ -129,8 +130,8 @@ def _bar_panel(axes: Axes, panel: Sequence[Row], run: Run, what: str, colours: d
         if known:
             axes.axvline(min(known) * scale, color="#1d2430", linestyle=":", linewidth=1.2)
     longest = max([*values, *([row.high * scale for row in panel] if what == "time" else [])], default=1.0)
-    wide = max(values, default=0) > 40 * max(min(values, default=0), 1e-12)
-    if wide and min(values) > 0:  # bars of an eightieth of the axis say nothing
+    wide = max(values, default=0) > 100 * max(min(values, default=0), 1e-12)
+    if wide and min(values) > 0:  # bars of a hundredth of the axis say nothing
         axes.set_xscale("log")
         axes.set_xlim(min(values) / 3, longest * 4)
     else:
@@ -146,22 +147,28 @@ def _bar_panel(axes: Axes, panel: Sequence[Row], run: Run, what: str, colours: d
     axes.grid(axis="y", visible=False)
 
 
+def _titled(figure: Figure, title: str) -> None:
+    """A title at the left edge: a PNG is passed on without its page."""
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+
+
 def _ordered(rows: Sequence[Row], what: str) -> list[Row]:
     return sorted(rows, key=lambda row: row.median if what == "time" else row.peak_bytes or 0.0)
 
 
 def roofline(run: Run, colours: dict[str, str]) -> Figure | None:
-    """Every provider at its group's largest shape, under the machine's bandwidth and GEMM rate."""
-    points = []
-    for group, rows in run.groups.items():
+    """Every provider at its group's largest shape, under the machine's bandwidth and GEMM rate; one mark an op."""
+    points: list[tuple[str, Row]] = []
+    for rows in run.groups.values():
         counted = [row for row in rows if row.info.get("flops") and _moved(row) and row.axis is None]
         if counted:
             most = max(counted, key=lambda row: row.info["flops"]).shape
-            points += [(group, row) for row in counted if row.shape == most]
+            points += [(_op(row.group), row) for row in counted if row.shape == most]
     if not points:
         return None
-    groups = list(dict.fromkeys(group for group, _ in points))
+    ops = list(dict.fromkeys(op for op, _ in points))
     figure = Figure(figsize=(9.6, 6.2), layout="constrained")
+    _titled(figure, "What each provider reached, under this machine's own limits")
     axes = figure.subplots()
     intensities = [row.info["flops"] / _moved(row) for _, row in points]
     left, right = min(intensities) / 3, max(max(intensities) * 3, 100.0)
@@ -169,21 +176,20 @@ def roofline(run: Run, colours: dict[str, str]) -> Figure | None:
     corner = peak / bandwidth
     xs = [left, *([corner] if left < corner < right else []), right]
     axes.plot(xs, [min(x * bandwidth, peak) for x in xs], color="#1d2430", linewidth=1.6)
-    axes.annotate(f"memory {bandwidth:.3g} GB/s", (left * 1.1, left * 1.1 * bandwidth), (0, 9),
-                  textcoords="offset points", fontsize=9, rotation=0)  # fmt: skip
-    axes.annotate(
-        f"GEMM {peak:.4g} GFLOP/s", (right, peak), (-4, 5), textcoords="offset points", fontsize=9, ha="right"
-    )
-    for (group, row), x in zip(points, intensities):
+    middle = (left * min(corner, right)) ** 0.5
+    labels = {"textcoords": "offset points", "fontsize": 9, "ha": "right"}
+    axes.annotate(f"memory {bandwidth:.3g} GB/s", (middle, middle * bandwidth), (-7, 3), **labels)
+    axes.annotate(f"GEMM {peak:.4g} GFLOP/s", (right, peak), (-4, 5), **labels)
+    for (op, row), x in zip(points, intensities):
         axes.plot(
-            x, row.info["flops"] / row.median / 1e9, _MARKS[groups.index(group) % len(_MARKS)], markersize=8,
+            x, row.info["flops"] / row.median / 1e9, _MARKS[ops.index(op) % len(_MARKS)], markersize=8, alpha=0.9,
             color=colours[row.provider], markeredgecolor="white", markeredgewidth=0.8,
         )  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte that must be moved", ylabel="GFLOP/s reached, median",
+    axes.set(xscale="log", yscale="log", xlabel="FLOPs by byte that must be moved", ylabel="GFLOP/s reached, median",
              xlim=(left, right))  # fmt: skip
     kinds = [
-        axes.plot([], [], _MARKS[at % len(_MARKS)], color="#5b6472", markersize=7, label=group)[0]
-        for at, group in enumerate(groups)
+        axes.plot([], [], _MARKS[at % len(_MARKS)], color="#5b6472", markersize=7, label=op)[0]
+        for at, op in enumerate(ops)
     ]
     whose = [
         axes.plot([], [], "s", color=colours[provider], markersize=7, label=provider)[0]
@@ -193,6 +199,10 @@ def roofline(run: Run, colours: dict[str, str]) -> Figure | None:
     return figure
 
 
+def _op(group: str) -> str:
+    return group.replace(",", " ").split()[0]
+
+
 def _moved(row: Row) -> float:
     return row.info.get("moved_bytes") or row.info.get("read_bytes") or 0.0
 
@@ -200,6 +210,7 @@ def _moved(row: Row) -> float:
 def growth_plot(rows: Sequence[Row], what: str, colours: dict[str, str]) -> Figure:
     """A sweep of one group, each provider with its fitted exponent."""
     figure = Figure(figsize=(7.6, 4.2), layout="constrained")
+    _titled(figure, f"{rows[0].group}: {what}")
     axes = figure.subplots()
     scale: Callable[[float], float] = (lambda y: y * 1e3) if what == "time" else (lambda y: y / 2**20)
     label = ""
