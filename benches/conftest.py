@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import harness
+import plain
 import pytest
 
 _LEFT_OUT: list[dict[str, str]] = []
@@ -21,6 +23,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("alignfast")
     group.addoption("--providers", default="", help="comma-separated: time these alone")
     group.addoption("--left-out", default="", help="JSON file for what got no time, and why")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.hasplugin("benchmark"):
+        config.pluginmanager.register(plain)
 
 
 def provider_of(item: Any) -> str:
@@ -49,6 +56,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = kept
 
 
+@pytest.fixture(autouse=True)
+def rows_as_they_come(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each figure is written when it is known, so that a run that is ended keeps what it had."""
+    yield
+    benchmark = request.node.funcargs.get("benchmark")
+    if benchmark is not None and benchmark.extra_info.get("provider"):
+        harness.write_row(benchmark, request.node.nodeid)
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.passed:
         return
@@ -74,12 +90,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         Path(path).write_text(json.dumps(_LEFT_OUT))
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info.update(harness.environment())
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    session = getattr(terminalreporter.config, "_benchmarksession", None)
+    session = getattr(terminalreporter.config, "_benchmarksession", None)  # none without pytest-benchmark
     rows = [bench for bench in getattr(session, "benchmarks", []) if bench.extra_info.get("provider")]
     if rows:
         terminalreporter.section("shares of this machine's own limits")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -106,14 +107,15 @@ def best_seconds(call: Callable[[], Any], rounds: int = 5) -> float:
 @cache
 def limits() -> Limits:
     """Measured once a run."""
-    source = torch.ones(_LIMIT_BYTES // 4, device=device())
+    nbytes = sizes(_LIMIT_BYTES, 4 << 20)
+    source = torch.ones(nbytes // 4, device=device())
     target = torch.empty_like(source)
-    n = 2048 if device().type == "cpu" else 8192
+    n = sizes(2048 if device().type == "cpu" else 8192, 256)
     a = torch.randn(n, n, device=device(), dtype=torch.float32 if device().type == "cpu" else torch.bfloat16)
     out = torch.empty_like(a)
     return Limits(
-        read_gb_s=_LIMIT_BYTES / best_seconds(source.sum) / 1e9,
-        copy_gb_s=2 * _LIMIT_BYTES / best_seconds(lambda: target.copy_(source)) / 1e9,
+        read_gb_s=nbytes / best_seconds(source.sum) / 1e9,
+        copy_gb_s=2 * nbytes / best_seconds(lambda: target.copy_(source)) / 1e9,
         gemm_gflop_s=2 * n**3 / best_seconds(lambda: torch.mm(a, a, out=out)) / 1e9,
     )
 
@@ -341,6 +343,26 @@ def measure(
         row["gflop_s"] = flops / seconds / 1e9
     row |= {name: value for name, value in (("tokens", tokens), ("axis", axis)) if value}
     benchmark.extra_info.update(row)
+
+
+def write_row(benchmark: Any, nodeid: str) -> None:
+    """A line of JSON in the file that ALIGNFAST_BENCH_ROWS names, after one that describes the machine."""
+    path = os.environ.get("ALIGNFAST_BENCH_ROWS")
+    if not path:
+        return
+    stats = benchmark.stats.stats
+    row = {
+        "fullname": nodeid,
+        "name": nodeid.rpartition("::")[2],
+        "group": benchmark.group,
+        "extra_info": benchmark.extra_info,
+        "stats": {name: getattr(stats, name) for name in ("min", "median", "q1", "q3")},
+    }
+    new = not Path(path).exists()
+    with open(path, "a") as file:
+        if new:
+            file.write(json.dumps({"machine_info": environment()}) + "\n")
+        file.write(json.dumps(row) + "\n")
 
 
 def need(module: str, package: str = "alignfast[bench]") -> Any:

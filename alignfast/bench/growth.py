@@ -39,6 +39,11 @@ def exponent(points: Sequence[tuple[float, float]]) -> float | None:
     return round(sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys)) / spread, 6)
 
 
+def fit(sweep: Sweep, what: str) -> float | None:
+    """The exponent of a sweep's `time` or `memory`; None of a share, which nothing grows with."""
+    return None if sweep.axis.endswith("share") else exponent(points(sweep, what))
+
+
 def sweeps(rows: Sequence[Row]) -> list[Sweep]:
     """Rows that belong to a sweep, by group, axis and provider."""
     found: dict[tuple[str, str, str], list[Row]] = {}

@@ -111,7 +111,7 @@ def _table(group: str, rows: Sequence[Row], run: Run) -> str:
 def _growth(run: Run) -> str:
     lines = []
     for sweep in growth.sweeps(run.rows):
-        fits = [growth.exponent(growth.points(sweep, what)) for what in ("time", "memory")]
+        fits = [growth.fit(sweep, what) for what in ("time", "memory")]
         shown = ["" if fit is None else f"{fit:.2f}" for fit in fits]
         lines.append([sweep.group, sweep.axis, sweep.provider, *shown])
     return html.table(["what", "over", "provider", "time ~ x^", "memory ~ x^"], lines, (3, 4))

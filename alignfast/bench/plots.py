@@ -14,15 +14,29 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from alignfast.bench import growth
 from alignfast.bench.results import Row, Run
 from alignfast.bench.tables import bytes_text, seconds_text
 from alignfast.report.plots import COLOURS
 
-# Ours stand out, peers keep one colour each through all plots
 _OURS = {"native": COLOURS[0], "triton": "#1a9c77", "torch": "#7fb2dd"}
-_PEERS = ("#e0861a", "#c4567e", "#8a6fc4", "#b39b1e", "#a5603c", "#4f5d75", "#d17a7a", "#5e8f3f", "#9c9c9c")
+# Peers keep their colour from plot to plot and from run to run
+_KNOWN = (
+    "eager",
+    "compile",
+    "trl",
+    "liger",
+    "F.linear_cross_entropy",
+    "padded",
+    "loop",
+    "verl",
+    "quack",
+    "generate",
+)
+_PEERS = ("#e0861a", "#c4567e", "#8a6fc4", "#b39b1e", "#a5603c", "#4f5d75", "#d17a7a", "#5e8f3f", "#9c9c9c",
+          "#2b7a78", "#7a4f9a", "#c98b2b", "#6d6d6d")  # fmt: skip
 _MARKS = "osD^vP*Xph"
 _STYLE: Any = {
     "font.family": "sans-serif",
@@ -85,14 +99,15 @@ def draw(run: Run, folder: Path) -> list[Plot]:
 def palette(rows: Sequence[Row]) -> dict[str, str]:
     """A colour for each provider."""
     found: dict[str, str] = {}
-    peers = 0
+    others = len(_KNOWN)
     for provider in dict.fromkeys(row.provider for row in rows):
         if provider.startswith("alignfast") or provider == "patched":
             backend = next((name for name in _OURS if name in provider), "native")
             found[provider] = _OURS[backend]
         else:
-            found[provider] = _PEERS[peers % len(_PEERS)]
-            peers += 1
+            known = next((at for at, name in enumerate(_KNOWN) if provider.split()[0] == name), None)
+            found[provider] = _PEERS[(others if known is None else known) % len(_PEERS)]
+            others += known is None
     return found
 
 
@@ -218,7 +233,7 @@ def growth_plot(rows: Sequence[Row], what: str, colours: dict[str, str]) -> Figu
         known = growth.points(sweep, what)
         if not known:
             continue
-        fit, label = growth.exponent(known), sweep.axis
+        fit, label = growth.fit(sweep, what), sweep.axis
         name = sweep.provider if fit is None else f"{sweep.provider}  ~ x^{fit:.2f}"
         xs, ys = [x for x, _ in known], [scale(y) for _, y in known]
         axes.plot(
@@ -229,17 +244,26 @@ def growth_plot(rows: Sequence[Row], what: str, colours: dict[str, str]) -> Figu
                 xs, [scale(row.low) for row in sweep.rows], [scale(row.high) for row in sweep.rows],
                 color=colours[sweep.provider], alpha=0.18, linewidth=0,
             )  # fmt: skip
+    share = label.endswith("share")
     axes.set(
-        xscale="log", yscale="log", xlabel=label,
+        xscale="linear" if share else "log", yscale="log", xlabel=label,
         ylabel="milliseconds, median" if what == "time" else "peak memory beyond the inputs, MiB",
     )  # fmt: skip
     ticks = sorted({row.axis[1] for row in rows if row.axis})
-    axes.set_xticks(
-        ticks, [f"{tick / 1024:g}k" if tick >= 1024 and tick % 1024 == 0 else f"{tick:g}" for tick in ticks]
-    )
+    axes.set_xticks(ticks, [_size_text(tick) for tick in ticks], fontsize=8.5)
     axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
     figure.legend(loc="outside right upper", fontsize=9)
     return figure
+
+
+def _size_text(size: float) -> str:
+    """Powers of two by 1024, other thousands by 1000."""
+    if size < 1000:
+        return f"{size:g}"
+    return f"{size / 1024:g}k" if size % 1024 == 0 else f"{size / 1000:.0f}k"
 
 
 def _sweep_groups(run: Run) -> dict[str, list[Row]]:

@@ -25,7 +25,9 @@ def markdown(report: Mapping[str, Any]) -> str:
     """The machine, then the groups in their order."""
     run, groups = results.run_of(report), {}
     for bench in report["benchmarks"]:
-        groups.setdefault(bench["group"], []).append({**bench["extra_info"], **bench["stats"]})
+        groups.setdefault(bench["group"] or bench["name"], []).append(
+            {**bench["extra_info"], **bench["stats"]}
+        )
     parts = [machine_line(run)]
     for kind, title, checked in STEPS:
         steps = [row for name, rows in groups.items() if name.startswith(kind) for row in rows]
@@ -88,7 +90,7 @@ def growth_table(run: results.Run) -> str:
     """The exponents of every sweep."""
     lines = []
     for sweep in growth.sweeps(run.rows):
-        fits = [growth.exponent(growth.points(sweep, what)) for what in ("time", "memory")]
+        fits = [growth.fit(sweep, what) for what in ("time", "memory")]
         at = [row.axis[1] for row in sweep.rows if row.axis]
         grown = ["" if fit is None else f"{fit:.2f}" for fit in fits]
         last = sweep.rows[-1]
