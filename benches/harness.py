@@ -142,7 +142,7 @@ def _last_cache_bytes() -> int:
 
 def environment() -> dict[str, Any]:
     """Everything that a reader needs to place a figure."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

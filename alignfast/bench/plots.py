@@ -192,7 +192,7 @@ def roofline(run: Run, colours: dict[str, str]) -> Figure | None:
     xs = [left, *([corner] if left < corner < right else []), right]
     axes.plot(xs, [min(x * bandwidth, peak) for x in xs], color="#1d2430", linewidth=1.6)
     middle = (left * min(corner, right)) ** 0.5
-    labels = {"textcoords": "offset points", "fontsize": 9, "ha": "right"}
+    labels: Any = {"textcoords": "offset points", "fontsize": 9, "ha": "right"}
     axes.annotate(f"memory {bandwidth:.3g} GB/s", (middle, middle * bandwidth), (-7, 3), **labels)
     axes.annotate(f"GEMM {peak:.4g} GFLOP/s", (right, peak), (-4, 5), **labels)
     for (op, row), x in zip(points, intensities):

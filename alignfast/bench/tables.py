@@ -23,7 +23,8 @@ STEPS = (
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The machine, then the groups in their order."""
-    run, groups = results.run_of(report), {}
+    run = results.run_of(report)
+    groups: dict[str, list[Row]] = {}
     for bench in report["benchmarks"]:
         groups.setdefault(bench["group"] or bench["name"], []).append(
             {**bench["extra_info"], **bench["stats"]}

@@ -89,6 +89,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
         assert subprocess.run([str(SCRIPT), *words], capture_output=True).returncode == 2
 
 
+@pytest.mark.slow
 def test_figures_come_one_by_one_without_pytest_benchmark(tmp_path: Path) -> None:
     """A bench as the script runs it, from the checkout alone, on a machine whose pytest has no plugin for it."""
     bench = (
