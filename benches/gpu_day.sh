@@ -56,14 +56,19 @@ bench-growth|900|$bench benches/bench_growth.py
 STEPS
 }
 
-# alignfast as it lies in the checkout, without an installation: kernels/ops is alignfast.kernels
-make_site() {
+# alignfast as it lies in the checkout, without an installation: kernels/ops is alignfast.kernels. Linked anew after each
+# step: what the build makes is to be found.
+link_site() {
   mkdir -p "$OUT/site/alignfast"
   local entry
   for entry in "$ROOT"/alignfast/*; do
     ln -sfn "$entry" "$OUT/site/alignfast/$(basename "$entry")"
   done
   ln -sfn "$ROOT/kernels/ops" "$OUT/site/alignfast/kernels"
+}
+
+make_site() {
+  link_site
   if [ -n "${ALIGNFAST_WHEELS:-}" ]; then
     "$PYTHON" -m pip install -q --no-index --no-deps --target "$OUT/site/wheels" "$ALIGNFAST_WHEELS"/*.whl \
       > "$OUT/wheels.log" 2>&1 || echo "the wheels of $ALIGNFAST_WHEELS can't be installed: see $OUT/wheels.log" >&2
@@ -142,6 +147,7 @@ for line in "${LIST[@]}"; do
   esac
   printf '%s\t%s\t%s\t%s\n' "$NAME" "$outcome" "$((SECONDS - BEGAN))" "$LIMIT" >> "$OUT/steps.tsv"
   echo "   $outcome after $((SECONDS - BEGAN)) s"
+  link_site
   summarise
 done
 summarise

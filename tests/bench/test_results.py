@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import doctest
 import io
 import json
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from alignfast.bench import compare, growth, liger_csv, plots, results, suite, tables
+from alignfast.bench import growth, liger_csv, plots, results, suite, tables
 from alignfast.cli import main
 
 LIMITS = {"read_gb_s": 10.0, "copy_gb_s": 8.0, "gemm_gflop_s": 100.0}
@@ -72,11 +71,6 @@ def report() -> dict[str, Any]:
 def write(path: Path, report: dict[str, Any]) -> str:
     path.write_text(json.dumps(report))
     return str(path)
-
-
-@pytest.mark.parametrize("module", [results, growth, compare, tables])
-def test_docstrings(module: Any) -> None:
-    assert doctest.testmod(module).failed == 0
 
 
 def test_the_floor_is_the_larger_of_bytes_and_flops(report: dict[str, Any]) -> None:

@@ -53,6 +53,24 @@ def test_steps_in_their_order_whatever_becomes_of_each(tmp_path: Path) -> None:
     assert "| slow | over its time |" in summary
 
 
+def test_steps_run_the_checkout_s_own_code_and_what_the_build_made(tmp_path: Path) -> None:
+    """Without an installation; a file that one step makes is there for the next."""
+    see = f"{sys.executable} -c 'import alignfast.kernels as k; print(k.__file__)'"
+    made = ROOT / "alignfast" / f"made_by_{os.getpid()}.so"
+    try:
+        run = start(
+            tmp_path, f"make|9|touch {made}\nsee|30|{see}\nfind|9|ls $OUT/site/alignfast/{made.name}\n"
+        )
+        run.communicate(timeout=60)
+    finally:
+        made.unlink(missing_ok=True)
+    assert outcomes(tmp_path)[1:] == [("see", "done"), ("find", "done")]
+    assert (
+        str(tmp_path / "out" / "site" / "alignfast" / "kernels")
+        in (tmp_path / "out" / "02-see.log").read_text()
+    )
+
+
 def test_limits_shrink_with_the_day(tmp_path: Path) -> None:
     """Two steps of 600 seconds in a minute: 30 each."""
     run = start(tmp_path, "a|600|true\nb|600|true\n", "1")
