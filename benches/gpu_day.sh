@@ -32,27 +32,27 @@ steps() {
     cat "$ALIGNFAST_GPU_DAY_STEPS"
     return
   fi
-  local bench="$PYTHON -m pytest -q -rN --tb=short -p no:cacheprovider -c /dev/null --rootdir=benches --import-mode=importlib \
+  local bench="$PYTHON -m pytest -q -rN --tb=short -p no:cacheprovider -c /dev/null --rootdir=$ROOT/benches --import-mode=importlib \
 -o pythonpath=$ROOT/benches -o python_files=bench_*.py -o python_functions=bench_*"
-  local tests="$PYTHON -m pytest -q --tb=short -p no:cacheprovider -m 'not slow'"
+  local tests="$PYTHON -m pytest -q --tb=short -p no:cacheprovider -c $ROOT/pyproject.toml --rootdir=$ROOT -m 'not slow'"
   cat << STEPS
-environment|60|nvidia-smi && $PYTHON benches/gpu_cases.py environment
-build|900|$PYTHON setup.py build_ext --inplace
-check-every-kernel|300|$PYTHON benches/gpu_cases.py small
-bench-token-logps|300|$bench benches/bench_token_logps.py
-bench-linear-loss|420|$bench benches/bench_linear_loss.py
-bench-gae|180|$bench benches/bench_gae.py
-op-tests|1200|$tests tests/ops
-memcheck|420|compute-sanitizer --tool memcheck --error-exitcode 9 $PYTHON benches/gpu_cases.py small --backend native
-racecheck|420|compute-sanitizer --tool racecheck --error-exitcode 9 $PYTHON benches/gpu_cases.py small --backend native
-beyond-2-31|420|$PYTHON benches/gpu_cases.py large
-bench-attention|300|$bench benches/bench_packed_attention.py
-bench-sampling|240|$bench benches/bench_sample_tokens.py
-bench-rollout|600|$bench benches/bench_rollout.py
-bench-dpo-step|600|$bench benches/bench_dpo_step.py
-bench-grpo-step|600|$bench benches/bench_grpo_step.py
-bench-small-ops|300|$bench benches/bench_kl.py benches/bench_policy_loss.py benches/bench_preference_loss.py
-bench-growth|900|$bench benches/bench_growth.py
+environment|60|nvidia-smi && $PYTHON $ROOT/benches/gpu_cases.py environment
+build|900|cd $ROOT && $PYTHON setup.py build_ext --inplace
+check-every-kernel|300|$PYTHON $ROOT/benches/gpu_cases.py small
+bench-token-logps|300|$bench $ROOT/benches/bench_token_logps.py
+bench-linear-loss|420|$bench $ROOT/benches/bench_linear_loss.py
+bench-gae|180|$bench $ROOT/benches/bench_gae.py
+op-tests|1200|$tests $ROOT/tests/ops
+memcheck|420|compute-sanitizer --tool memcheck --error-exitcode 9 $PYTHON $ROOT/benches/gpu_cases.py small --backend native
+racecheck|420|compute-sanitizer --tool racecheck --error-exitcode 9 $PYTHON $ROOT/benches/gpu_cases.py small --backend native
+beyond-2-31|420|$PYTHON $ROOT/benches/gpu_cases.py large
+bench-attention|300|$bench $ROOT/benches/bench_packed_attention.py
+bench-sampling|240|$bench $ROOT/benches/bench_sample_tokens.py
+bench-rollout|600|$bench $ROOT/benches/bench_rollout.py
+bench-dpo-step|600|$bench $ROOT/benches/bench_dpo_step.py
+bench-grpo-step|600|$bench $ROOT/benches/bench_grpo_step.py
+bench-small-ops|300|$bench $ROOT/benches/bench_kl.py $ROOT/benches/bench_policy_loss.py $ROOT/benches/bench_preference_loss.py
+bench-growth|900|$bench $ROOT/benches/bench_growth.py
 STEPS
 }
 
@@ -134,7 +134,8 @@ for line in "${LIST[@]}"; do
   fi
   log=$(printf '%s/%02d-%s.log' "$OUT" "$NUMBER" "$NAME")
   echo "== $NAME (at most $LIMIT s of $LEFT s left)"
-  timeout --kill-after=10 "$LIMIT" bash -c "$command" > "$log" 2>&1 &
+  # from the site, whose alignfast has its kernels: Python looks for packages where it is started
+  (cd "$OUT/site" && exec timeout --kill-after=10 "$LIMIT" bash -c "$command") > "$log" 2>&1 &
   CHILD=$!
   wait "$CHILD"
   code=$?

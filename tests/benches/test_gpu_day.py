@@ -111,9 +111,9 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 def test_figures_come_one_by_one_without_pytest_benchmark(tmp_path: Path) -> None:
     """A bench as the script runs it, from the checkout alone, on a machine whose pytest has no plugin for it."""
     bench = (
-        f"{sys.executable} -m pytest -q -p no:benchmark -p no:cacheprovider -c /dev/null --rootdir=benches "
+        f"{sys.executable} -m pytest -q -p no:benchmark -p no:cacheprovider -c /dev/null --rootdir=$ROOT/benches "
         "--import-mode=importlib -o pythonpath=$ROOT/benches -o python_files=bench_*.py -o python_functions=bench_* "
-        "--providers loop,torch benches/bench_gae.py"
+        "--providers loop,torch $ROOT/benches/bench_gae.py"
     )
     run = start(tmp_path, f"gae|60|ALIGNFAST_BENCH_SMOKE=1 {bench}\n")
     run.communicate(timeout=120)
