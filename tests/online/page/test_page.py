@@ -354,7 +354,7 @@ def test_the_operator_promotes_and_rolls_back(tmp_path: Path, visit: Callable[..
         page = visit(live, "/loop")
         sign_in(page, KEY)
         row = page.locator('tr[data-version="v2"]')
-        assert "71.0 %66.0 % to 76.0 %" in re.sub(r"\s*\n\s*", "", row.inner_text())
+        assert "71.0 %66.0 to 76.0 %" in re.sub(r"\s*\n\s*", "", row.inner_text())
         assert "0.0312" in row.inner_text()
         assert MARKUP in row.inner_text()  # as text
         assert "100.0 %" in page.locator('tr[data-version="v1"]').inner_text()
