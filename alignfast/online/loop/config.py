@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from alignfast.online.feedback import KINDS
+from alignfast.online.learning.gate import GateConfig
 from alignfast.trainers.config import TrainerConfig, config
 from alignfast.trainers.dpo import DPOConfig
 from alignfast.trainers.grpo import GRPOConfig
@@ -86,19 +87,19 @@ class OnlineConfig:
     eval_prompts: int = 64
     """Logged prompts on which candidate and serving version are compared, >= 1."""
     gate: dict[str, Any] = field(default_factory=dict)
-    """Limits of the gate."""
+    """Limits of the gate: max_kl, max_length_ratio, max_cut_rise, min_distinct_ratio, max_suite_drop, require_significant."""
 
     canary_share: float = 0.1
     """Share of the users who get duels of a candidate that passed the gate; 0 promotes it at once."""
     canary_margin: float = 0.0
     """How far above 1/2 the candidate's share of wins must lie, for certain."""
-    canary_voters: int = 500
+    canary_voters: int = 1000
     """The canary ends undecided, and is refused, after duels of so many voters."""
     canary_seconds: float = 7 * 86_400
     """Or after so many seconds."""
     watch_seconds: float = 86_400
     """A new version is watched for so long after its promotion; 0: not at all."""
-    watch_drop: float = 0.05
+    watch_drop: float = 0.0
     """It is rolled back when its satisfaction lies more than this below its predecessor's, for certain."""
     seed: int = 0
     """Of what is held out, and of fresh answers in evaluation."""
@@ -136,6 +137,7 @@ class OnlineConfig:
                 raise ValueError(f"{name}: {', '.join(own)} is set by the loop itself: leave it out")
         self.trainer_config(self.folder / "policy")  # tells a wrong option
         RewardConfig(**self.reward_options)
+        GateConfig(**self.gate)
 
     def _require(self, holds: bool, name: str, expected: str) -> None:
         if not holds:

@@ -140,6 +140,8 @@ class OnlineLoop:
         for stage in STAGES[STAGES.index(run.stage) :]:
             step = _DO[stage](self, run, round)
             if step == "wait":
+                if round.to_dict() != run.state:
+                    self.store.runs.to_stage(run.id, stage, round.to_dict())
                 return step
             if step == "end":
                 break

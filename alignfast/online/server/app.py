@@ -110,7 +110,7 @@ async def feedback(request: Request, body: FeedbackRequest) -> dict[str, Any]:
     """Vote on an answer or on a conversation."""
     service, caller = service_of(request), caller_of(request)
     key = request.headers.get("idempotency-key")
-    kept = await service.in_store(lambda: keep(service.store, body, caller, key))
+    kept = await keep(service, body, caller, key)
     if not kept.replayed:
         service.metrics.votes.labels(body.kind).inc()
     return {"object": "feedback", "id": kept.vote.id, "replaces": kept.replaces, "kind": kept.vote.kind}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import hmac
 import json
 import re
@@ -37,6 +38,7 @@ COOKIE, TOKEN = "alignfast_session", "fbt-"
 OPEN, VOTING = frozenset({"/health"}), "/v1/feedback"
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 _BODY_SECONDS = 30  # for a body to arrive
+_KEY_SECONDS, _MOST_KEYS = 1.0, 10_000  # that a good key is remembered, and how many are
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, service: Service, open_to_all: Collection[str] = OPEN) -> None:
         self.app, self.service, self.open_to_all = app, service, frozenset(open_to_all)
+        self._known: dict[bytes, tuple[Caller, float]] = {}  # by the key's digest, and when it was looked up
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -157,7 +160,7 @@ class Guard:
     async def _caller(self, scope: Scope) -> Caller:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get(b"host", "")
-        service, keyless = self.service, self.service.keyless
+        keyless = self.service.keyless
         if keyless and re.sub(r":\d*$", "", host) not in _LOOPBACK:
             raise ApiError(403, f"without a key the server answers to localhost alone, not to {host!r}")
         scheme, _, key = headers.get(b"authorization", "").partition(" ")
@@ -176,13 +179,25 @@ class Guard:
         if keyless:  # a key is not looked at: OpenAI's client always sends one
             return Caller("local", "admin", by="loopback") if known is None else replace(known, role="admin")
         if key:
-            found = await service.in_store(lambda: service.store.keys.check(key))
-            if found is None:
-                raise _unknown("the key is not good")
-            return Caller(found.user, found.role)
+            return await self._of_key(key)
         if known is not None:
             return known
         raise _unknown("a key is needed: 'Authorization: Bearer KEY'")
+
+    async def _of_key(self, key: str) -> Caller:
+        """Who a key is of, asked of the store once a second: a revoked key is good for so long."""
+        digest, now = hashlib.sha256(key.encode(errors="replace")).digest(), time.monotonic()
+        known, since = self._known.get(digest, (None, 0.0))
+        if known is not None and now < since + _KEY_SECONDS:
+            return known
+        found = await self.service.in_store(lambda: self.service.store.keys.check(key))
+        if found is None:
+            self._known.pop(digest, None)
+            raise _unknown("the key is not good")
+        if len(self._known) >= _MOST_KEYS:
+            self._known.clear()
+        self._known[digest] = (Caller(found.user, found.role), now)
+        return self._known[digest][0]
 
     def _of_cookie(self, headers: dict[bytes, str]) -> Caller | None:
         for part in headers.get(b"cookie", "").split(";"):

@@ -11,7 +11,9 @@ An episode's id means something to its user alone: in the store a digest of the 
 
 from __future__ import annotations
 
+import asyncio
 import math
+from concurrent.futures import Future
 from hashlib import sha256
 from typing import Any
 
@@ -19,7 +21,8 @@ from alignfast.online.feedback import TIE, IdempotencyConflict, TooManyVotes, Un
 from alignfast.online.server.errors import ApiError
 from alignfast.online.server.guard import Caller
 from alignfast.online.server.schema import FeedbackRequest, PairValue
-from alignfast.online.store import Kept, Store
+from alignfast.online.server.service import Service
+from alignfast.online.store import Kept
 
 _LONGEST_KEY = 255  # of an Idempotency-Key
 
@@ -69,17 +72,24 @@ def check_allowed(body: FeedbackRequest, caller: Caller, key: str | None) -> Non
         raise ApiError(422, f"Idempotency-Key must have 1 to {_LONGEST_KEY} characters, got {len(key)}")
 
 
-def keep(store: Store, body: FeedbackRequest, caller: Caller, key: str | None) -> Kept:
-    """Keep a vote; blocks until it is on disk.
+async def keep(service: Service, body: FeedbackRequest, caller: Caller, key: str | None) -> Kept:
+    """Keep a vote; it is on disk when this returns.
 
     Raises:
         ApiError: 404 for an answer that was not shown to the caller, 422, or 429 with Retry-After.
     """
     check_allowed(body, caller, key)
-    try:
-        return store.add_vote(
-            vote_of(body, caller.user), caller=caller.own, key=key, own=True, token_of=caller.response_id
+
+    def submit() -> Future[Kept]:
+        vote = vote_of(body, caller.user)
+        return service.store.submit_vote(
+            vote, caller=caller.own, key=key, own=True, token_of=caller.response_id
         )
+
+    try:
+        # a hook may take its time; without one nothing here waits, and a thread would cost more than the vote
+        writing = submit() if service.store.redact is None else await service.in_store(submit)
+        return await asyncio.shield(asyncio.wrap_future(writing))  # a client that leaves takes no vote back
     except UnknownResponse as error:
         if body.episode_id is not None:
             raise ApiError(

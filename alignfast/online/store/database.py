@@ -1,11 +1,12 @@
 """A database to write to so that what is acknowledged stays: connections, schema, and one thread that writes.
 
     caller 1 --.                       begin
-    caller 2 ---+-> queue -> batch ->  savepoint: caller 1's statements     -> commit -> every caller of the batch
-    caller 3 --'                       savepoint: caller 2's statements ...              is answered
+    caller 2 ---+-> queue -> batch ->  caller 1's statements     -> commit -> every caller of the batch is answered
+    caller 3 --'                       caller 2's statements ...
 
 A commit to disk takes milliseconds, whatever is in it: while one is under way the next batch gathers, and nobody waits
-for more to come. Writers of several processes take turns: SQLite by BEGIN IMMEDIATE, PostgreSQL by an advisory lock, so
+for more to come. Where one of a batch fails, all of it is done again with a savepoint before each, which costs a third
+of the rate: so what is to be written must give the same when it is begun again. Writers of several processes take turns: SQLite by BEGIN IMMEDIATE, PostgreSQL by an advisory lock, so
 that what a transaction reads stays true until its commit, on both.
 """
 
@@ -163,6 +164,10 @@ def migrate(engine: Engine) -> None:
         command.upgrade(config, "head")
 
 
+class _OneByOne(Exception):
+    """Something in a batch failed before its commit."""
+
+
 class Writer:
     """The one thread of this process that writes to a database.
 
@@ -184,10 +189,18 @@ class Writer:
         """What `work` returns, once all it did is on disk; nothing of it is done if it raises.
 
         Args:
-            work: its statements, on the connection that it is given.
+            work: its statements, on the connection that it is given; it may be called a second time.
 
         Raises:
             StoreError: the store is closed, or was opened before this process was forked.
+        """
+        return self.submit(work).result()
+
+    def submit(self, work: Callable[[Connection], Result]) -> Future[Result]:
+        """`write` without waiting.
+
+        Raises:
+            StoreError: as `write`.
         """
         if os.getpid() != self._pid:
             raise StoreError("a store does not survive a fork: open one in each process")
@@ -196,7 +209,7 @@ class Writer:
             if self._closed:
                 raise StoreError("the store is closed")
             self._queue.put((work, future))
-        return future.result()
+        return future
 
     def close(self) -> None:
         """End after what was asked for; a second call does nothing."""
@@ -215,10 +228,29 @@ class Writer:
                     self._queue.put(_STOP)
                     break
                 batch.append(following)
-            self._commit(batch)
+            # from here on nobody can cancel: a future that refuses its result would end this thread
+            self._commit([one for one in batch if one[1].set_running_or_notify_cancel()])
 
     def _commit(self, batch: list[tuple[Callable[[Connection], Any], Future[Any]]]) -> None:
         """One transaction for all, in which each succeeds or fails by itself."""
+        try:
+            with writing(self._engine) as connection:
+                try:
+                    results = [work(connection) for work, _ in batch]
+                except Exception as error:
+                    raise _OneByOne from error
+        except _OneByOne:
+            self._commit_each(batch)
+            return
+        except BaseException as error:  # of the commit, which may have been made: not to be tried again
+            for _, future in batch:
+                future.set_exception(error)
+            return
+        for (_, future), result in zip(batch, results):
+            future.set_result(result)
+
+    def _commit_each(self, batch: list[tuple[Callable[[Connection], Any], Future[Any]]]) -> None:
+        """The same with a savepoint before each, to which one that fails goes back."""
         done: list[tuple[Future[Any], Any]] = []
         failed: list[tuple[Future[Any], BaseException]] = []
         try:

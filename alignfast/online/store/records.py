@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, and_, bindparam, exists, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, func, insert, select, text, update
 from sqlalchemy.exc import IntegrityError
 
 from alignfast.online.feedback import (
@@ -28,9 +28,7 @@ from alignfast.online.store.tables import (
     label_assignments,
     label_items,
     responses,
-    uses,
 )
-from alignfast.online.store.versions import line_of
 
 Item = TypeVar("Item")
 
@@ -48,7 +46,8 @@ _ANSWERED = (
 _REPLACE = (
     update(feedback)
     .where(feedback.c.user_id == bindparam("whose"), feedback.c.target == bindparam("what"))
-    .where(feedback.c.slot == bindparam("which"), feedback.c.current)
+    # as the index one_current_vote says it: by `current = 1` SQLite walks through all votes of the user
+    .where(feedback.c.slot == bindparam("which"), text("current"))
     .values(current=False)
     .returning(feedback.c.id)
 )
@@ -372,17 +371,6 @@ def join_answers(connection: Connection, votes: Sequence[Vote]) -> list[Judged]:
 def counted(connection: Connection, where: ColumnElement[bool]) -> int:
     """How many rows of `feedback` fulfil a condition."""
     return connection.execute(select(func.count()).select_from(feedback).where(where)).scalar_one()
-
-
-def unused_by(connection: Connection, version: str, fresh: bool) -> ColumnElement[bool]:
-    """The condition that a version has not used a vote; with `fresh`, nor any that it comes from.
-
-    Raises:
-        ValueError: there is no such version.
-    """
-    line = line_of(connection, version)
-    used = uses.c.version.in_(line if fresh else line[:1])
-    return ~exists().where(used, uses.c.feedback == feedback.c.seq)
 
 
 def present(connection: Connection, column: ColumnElement[Any], values: Iterable[Any]) -> set[Any]:

@@ -126,6 +126,33 @@ def satisfaction(store: Store) -> dict[str, Satisfaction]:
     }
 
 
+class Thumbs(NamedTuple):
+    """What one voter says of a version's answers.
+
+    Attributes:
+        user: the voter, as `feedback.voter_of` names them.
+        share: of their thumbs that are up.
+    """
+
+    user: str
+    share: float
+
+
+def thumbs_of(store: Store, version: str) -> list[Thumbs]:
+    """The thumbs on a version's answers, a voter a row, in the order in which the voters came."""
+    statement = (
+        select(feedback.c.value, feedback.c.user_id)
+        .join(responses, responses.c.id == feedback.c.response_id)
+        .where(feedback.c.current, feedback.c.kind == "thumb", responses.c.policy_version == version)
+        .order_by(feedback.c.seq)
+    )
+    found: dict[str, list[bool]] = defaultdict(list)
+    with store.read() as connection:
+        for row in connection.execute(statement):
+            found[voter_of(row.user_id)].append(row.value == "up")
+    return [Thumbs(voter, sum(ups) / len(ups)) for voter, ups in found.items()]
+
+
 def _all_judgements(store: Store, votes: list[Vote]) -> Iterator[Judgement]:
     """Of users with a name, or at least a number."""
     named = [vote for vote in votes if vote.user != ANONYMOUS]

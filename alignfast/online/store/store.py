@@ -14,8 +14,8 @@ from __future__ import annotations
 import hmac
 import os
 import secrets as random_secrets
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -43,10 +43,10 @@ from alignfast.online.store.records import (
     matching,
     present,
     to_vote,
-    unused_by,
 )
 from alignfast.online.store.redact import Redact, redacted_shown, redacted_vote
-from alignfast.online.store.versions import Runs, Versions, line_of
+from alignfast.online.store.uses import take_prompts, take_votes, unused_by
+from alignfast.online.store.versions import Runs, Versions
 
 
 class Store:
@@ -57,6 +57,7 @@ class Store:
         redact, max_votes, period: see `open`.
 
     Attributes:
+        redact: as given.
         keys: API keys.
         versions: of policies and reward models, and which of them serve.
         runs: of the learner.
@@ -81,7 +82,7 @@ class Store:
     ) -> None:
         if max_votes is not None and (max_votes < 1 or period <= 0):
             raise ValueError(f"expected max_votes >= 1 and period > 0, got {max_votes} and {period}")
-        self.engine, self._redact = engine, redact
+        self.engine, self.redact = engine, redact
         self._limit = None if max_votes is None else (max_votes, period)
         self._writer = Writer(engine)
         self.keys, self.versions, self.runs = Keys(self), Versions(self), Runs(self)
@@ -154,7 +155,7 @@ class Store:
         Raises:
             ValueError: one with that id is kept already.
         """
-        kept = [redacted_shown(one, self._redact) for one in shown]
+        kept = [redacted_shown(one, self.redact) for one in shown]
         self.write(lambda connection: insert_shown(connection, kept))
 
     def shown(self, id: str) -> Shown | None:
@@ -190,7 +191,11 @@ class Store:
 
     # What was said
 
-    def add_vote(
+    def add_vote(self, vote: Vote, **request: Any) -> Kept:
+        """Keep a vote, and wait until it is on disk; see `submit_vote`."""
+        return self.submit_vote(vote, **request).result()
+
+    def submit_vote(
         self,
         vote: Vote,
         *,
@@ -198,7 +203,7 @@ class Store:
         key: str | None = None,
         own: bool = False,
         token_of: str | None = None,
-    ) -> Kept:
+    ) -> Future[Kept]:
         """Keep a vote; it replaces the user's last one on the same answer, and that stays as history.
 
         Args:
@@ -209,7 +214,8 @@ class Store:
             own: refuse answers that were shown to somebody else, unless the user is an annotator who was given them.
             token_of: but not this response, whose token came with the request.
 
-        Raises:
+        Returns:
+            What became of it, once that is on disk; or one of these:
             UnknownResponse: there is no such response or conversation, or not for this user.
             IdempotencyConflict: the key came before with another vote.
             TooManyVotes: the user has reached the limit.
@@ -219,8 +225,8 @@ class Store:
             check_id(key, "Idempotency-Key", "a request")
         whose = vote.user if caller is None else caller
         request = Request(body_hash(vote), whose, key, own, token_of, self._limit)
-        kept = redacted_vote(vote, self._redact)
-        return self.write(lambda connection: insert_vote(connection, kept, request))
+        kept = redacted_vote(vote, self.redact)
+        return self._writer.submit(lambda connection: insert_vote(connection, kept, request))
 
     def add_all(self, shown: Sequence[Shown], votes: Sequence[Vote]) -> int:
         """Keep answers and votes from elsewhere, in one transaction and without a limit, less those that are there.
@@ -231,8 +237,8 @@ class Store:
         Raises:
             UnknownResponse, ValueError: as in `add_vote`; then nothing is kept.
         """
-        answers = [redacted_shown(one, self._redact) for one in shown]
-        said = [(redacted_vote(vote, self._redact), body_hash(vote)) for vote in votes]
+        answers = [redacted_shown(one, self.redact) for one in shown]
+        said = [(redacted_vote(vote, self.redact), body_hash(vote)) for vote in votes]
 
         def work(connection: Connection) -> int:
             here = present(connection, tables.responses.c.id, [one.id for one in answers])
@@ -311,25 +317,8 @@ class Store:
             ValueError: there is no such version.
         """
 
-        def work(connection: Connection) -> list[Vote]:
-            where = matching(kinds, since, until, None, not replaced) & unused_by(connection, version, fresh)
-            statement = select(tables.feedback).where(where).order_by(tables.feedback.c.seq).limit(limit)
-            if ids is None:
-                rows = list(connection.execute(statement))
-            else:
-                rows = [
-                    r
-                    for s in chunks(ids)
-                    for r in connection.execute(statement.where(tables.feedback.c.id.in_(s)))
-                ]
-                rows = sorted(rows, key=lambda row: row.seq)[:limit]
-            now = time.time()
-            if rows:
-                taken = [{"version": version, "feedback": row.seq, "created": now} for row in rows]
-                connection.execute(insert(tables.uses), taken)
-            return [to_vote(row) for row in rows]
-
-        return self.write(work)
+        wanted = matching(kinds, since, until, None, not replaced)
+        return self.write(lambda connection: take_votes(connection, version, wanted, limit, ids, fresh))
 
     def used_by(self, version: str) -> list[Vote]:
         """What a version has taken, in the order in which it came."""
@@ -357,19 +346,7 @@ class Store:
             ValueError: there is no such version.
         """
 
-        def work(connection: Connection) -> None:
-            line_of(connection, version)
-            table = tables.prompt_uses
-            used = set(
-                connection.execute(select(table.c.response_id).where(table.c.version == version)).scalars()
-            )
-            here = present(connection, tables.responses.c.id, sorted(set(response_ids) - used))
-            if here:
-                connection.execute(
-                    insert(table), [{"version": version, "response_id": id} for id in sorted(here)]
-                )
-
-        self.write(work)
+        self.write(lambda connection: take_prompts(connection, version, response_ids))
 
     # Files, deletion, secrets
 

@@ -34,7 +34,9 @@ class Learner:
     def run(self, moment: int, **options: Any) -> int:
         """The exit code, or the signal that ended it as a negative number."""
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"moment": moment, "options": {**FAST, "method": "dpo", **options}}) + "\n")
+        self.process.stdin.write(
+            json.dumps({"moment": moment, "options": {**FAST, "method": "dpo", **options}}) + "\n"
+        )
         self.process.stdin.flush()
         return int(self.read())
 
@@ -44,7 +46,9 @@ def learner() -> Iterator[Learner]:
     tests = Path(__file__).parents[2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests)}
     pipe = subprocess.PIPE
-    process = subprocess.Popen([sys.executable, str(LEARNER)], stdin=pipe, stdout=pipe, text=True, env=environment)
+    process = subprocess.Popen(
+        [sys.executable, str(LEARNER)], stdin=pipe, stdout=pipe, text=True, env=environment
+    )
     try:
         yield Learner(process)
     finally:

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from online.loop.filled import FAST, ask, make_start, serve_start, vote
 
+from alignfast.online.learning.gate import Decision
 from alignfast.online.loop import OnlineLoop
+from alignfast.online.loop import gate as loop_gate
 from alignfast.online.loop.folders import read_manifest
 from alignfast.online.server.versions import weights_hash
 from alignfast.online.store import Store
@@ -32,6 +34,13 @@ def make_loop(store: Store, tmp_path: Path, **options: Any) -> OnlineLoop:
     return OnlineLoop(store=store, output_dir=str(tmp_path / "versions"), **merged)
 
 
+@pytest.fixture
+def open_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps make no model that is better for certain."""
+    monkeypatch.setattr(loop_gate, "gate", lambda figures, limits: Decision(True, ()))
+
+
+@pytest.mark.usefixtures("open_gate")
 @pytest.mark.parametrize("method", ["grpo", "dpo", "kto", "ppo"])
 def test_a_round_ends_with_a_new_version_that_serves(
     store: Store, tmp_path: Path, start: Path, method: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -341,10 +342,18 @@ def test_cookies_and_tokens_are_good_for_what_they_were_made_for() -> None:
 
 def test_votes_are_counted(live: Live) -> None:
     shown = ask(live)["response_id"]
-    vote(live, KEY, response_id=shown, kind="rating", value=3)
-    with live.http(ADMIN_KEY) as http:
+
+    def counted() -> float:
         text = http.get("/metrics").text
-    assert 'alignfast_votes_total{kind="rating"}' in text
+        return sum(map(float, re.findall(r'alignfast_votes_total{kind="implicit"} (\S+)', text)))
+
+    with live.http(ADMIN_KEY) as http:
+        http.get("/nowhere")
+        before = counted()
+        for _ in range(3):
+            vote(live, KEY, {"Idempotency-Key": "c"}, response_id=shown, kind="implicit", value="copy")
+        text = http.get("/metrics").text
+        assert counted() == before + 1
     assert 'alignfast_version{version="v1",weights="' + "1" * 64 in text
     assert 'alignfast_requests_total{method="POST",route="/v1/feedback",status="200"}' in text
     assert 'route="other"' in text  # what no route took has no name of its own

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import httpx
 import pytest
-from online.server.serving import make_chat_tokenizer, make_model
+from online.server.process import Server, save_model
+from online.server.serving import make_model
 
 import alignfast
 from alignfast.cli import main
@@ -24,12 +22,7 @@ from alignfast.online.store import Store
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that writes until it is told to stop."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    model = make_model(positions=100_000)
-    model.generation_config.eos_token_id = model.config.eos_token_id = None
-    model.save_pretrained(folder)
-    make_chat_tokenizer(endless=True).save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("models") / "tiny", endless=True)
 
 
 def test_sigterm_ends_no_answer_before_its_time(folder: Path, tmp_path: Path) -> None:
@@ -37,44 +30,34 @@ def test_sigterm_ends_no_answer_before_its_time(folder: Path, tmp_path: Path) ->
     db = f"sqlite:///{tmp_path}/feedback.db"
     with Store.open(db) as store:
         key, _ = store.keys.make("ann")
-    words = ["serve", "--model", str(folder), "--db", db, "--port", "0", "--use_cpu", "--max_tokens", "300"]
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "alignfast", *words], text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    server = Server(folder, db, tmp_path / "log", ["--max_tokens", "300"])
     try:
-        assert process.stdout is not None
-        said = ""
-        while "running on" not in said.lower():
-            line = process.stdout.readline()
-            assert line, said
-            said += line
-        assert "version tiny" in said
-        assert "a key is needed for every route but /health" in said
-        assert f"kept in {db}" in said
-        url = re.findall(r"http://127\.0\.0\.1:\d+", said)[-1]
-        assert httpx.get(f"{url}/v1/models").status_code == 401
-        with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60) as http:
+        assert "version tiny" in server.said
+        assert "a key is needed for every route but /health" in server.said
+        assert f"kept in {db}" in server.said
+        assert httpx.get(f"{server.url}/v1/models").status_code == 401
+        header = {"Authorization": f"Bearer {key}"}
+        with httpx.Client(base_url=server.url, headers=header, timeout=60) as http:
             ask = {"model": "tiny", "messages": [{"role": "user", "content": "the cat"}], "stream": True}
             with http.stream("POST", "/v1/chat/completions", json=ask) as stream:
                 lines = stream.iter_lines()
-                next(lines)
-                process.send_signal(signal.SIGTERM)
-                events = [line.removeprefix("data: ") for line in lines if line]
+                events = [next(lines).removeprefix("data: ")]
+                server.process.send_signal(signal.SIGTERM)
+                events += [line.removeprefix("data: ") for line in lines if line]
         assert events[-1] == "[DONE]"
         last = json.loads(events[-2])["choices"][0]
         assert last["finish_reason"] == "length"
-        assert process.wait(60) == 0
+        assert server.process.wait(60) == 0
         with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{url}/health")
-        with Store.open(db) as store:
-            serving = store.versions.serving()
-            assert serving is not None
-            assert (serving.name, serving.path) == ("tiny", str(folder))
-            vote = Vote(response_id=json.loads(events[0])["id"], kind="thumb", value="up", user="ann")
-            assert store.add_vote(vote, own=True).vote == vote
+            httpx.get(f"{server.url}/health")
     finally:
-        process.kill()
+        server.kill()
+    with Store.open(db) as store:
+        serving = store.versions.serving()
+        assert serving is not None
+        assert (serving.name, serving.path) == ("tiny", str(folder))
+        vote = Vote(response_id=json.loads(events[0])["id"], kind="thumb", value="up", user="ann")
+        assert store.add_vote(vote, own=True).vote == vote
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""What votes teach: how certain they are."""
