@@ -371,7 +371,7 @@ def test_the_operator_promotes_and_rolls_back(tmp_path: Path, visit: Callable[..
         page.get_by_role("dialog").get_by_role("button", name="Roll back").click()  # the key is known by now
         page.locator('tr[data-version="v1"]').get_by_text("serving").wait_for()
         assert served(live) == "v1"
-        page.locator('tr[data-version="v2"]').get_by_text("rolled back by operator").wait_for()
+        page.locator('tr[data-version="v2"]').get_by_text("rolled back by hand").wait_for()
 
 
 def served(live: Live) -> str:
