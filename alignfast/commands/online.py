@@ -55,7 +55,10 @@ def run(command: str, argv: Sequence[str]) -> None:
 
     options, config = parse_options(command, argv, RunOptions, OnlineConfig)
     with OnlineLoop(config) as loop:
-        loop.run(once=options.once)
+        try:
+            loop.run(once=options.once)
+        except KeyboardInterrupt:
+            print(f"stopped; `alignfast {command}` goes on where it was")
 
 
 def _status(command: str, argv: Sequence[str]) -> None:

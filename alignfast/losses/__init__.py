@@ -1,6 +1,7 @@
 """Objectives as pure functions on log-probs or rewards: a trainer's options in, the loss of `linear_loss` out."""
 
 from alignfast.losses.dpo import couples_batch, dpo_counts, dpo_groups, dpo_loss, dpo_stats, ld_weights
+from alignfast.losses.feedback import comparison_loss, verdict_loss
 from alignfast.losses.importance import ImportanceWeights, importance_weights
 from alignfast.losses.kto import KTO_LOSSES, KTO_STATS, kto_loss, kto_metrics
 from alignfast.losses.reward import (
@@ -19,6 +20,7 @@ __all__ = [
     "SFT_STATS",
     "ImportanceWeights",
     "bootstrap_counts",
+    "comparison_loss",
     "couples_batch",
     "dpo_counts",
     "dpo_groups",
@@ -35,4 +37,5 @@ __all__ = [
     "reward_loss",
     "sft_counts",
     "sft_loss",
+    "verdict_loss",
 ]

@@ -1,1 +1,1 @@
-"""What votes teach: how certain they are."""
+"""What votes teach: rewards, whether a candidate may go before people, and how certain it is that they like it."""

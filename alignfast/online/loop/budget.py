@@ -1,12 +1,14 @@
 """How far a policy has gone from another one, in nats, and a limit on it while it trains.
 
-    KL(pi || pi') ~ mean over tokens drawn from pi of  log pi - log pi'          k1: unbiased, below 0 by chance
+    KL(pi || pi') ~ mean over tokens drawn from pi of  -d                    k1
+                                                   of  exp(d) - 1 - d        k3, never below 0, which the budget goes by
+    with d = log pi' - log pi
 
 A round's budget is of the KL to the version that it began from, measured on fresh answers; the anchor to the start policy
 is the trainer's own `beta`. Training ends after the first measurement at which the budget is spent, so that the policy
 goes beyond it by what it moves in `every` steps.
 
-Letters: N completions.
+Letters: P tokens.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
+import torch
 from transformers import TrainerCallback
 
 from alignfast.data import Tree
-from alignfast.evaluation.scores import answer_scores
+from alignfast.evaluation.scores import MAX_TOKENS
+from alignfast.kernels import kl_penalty
 from alignfast.models import Policy
 from alignfast.rollout import Completion, Sampling, make_engine
 
@@ -41,13 +44,21 @@ def fresh_answers(
 
 
 def kl_to(other: Policy, completions: Sequence[Completion]) -> dict[str, float]:
-    """The KL of the policy that drew completions at temperature 1 to another: `kl` a token, `kl_sequence` a completion."""
+    """The KL of the policy that drew completions at temperature 1 to another.
+
+    Returns:
+        `kl`, the mean of k1 over tokens, `kl_k3`, that of k3, and `kl_sequence`, the mean of k1's sum over a completion.
+    """
     trees = [Tree(of.prompt_ids, (of.token_ids,), (of.mask,)) for of in completions]
-    theirs_N = answer_scores(other, trees).sums_S
-    ours_N = np.array([sum(logp for logp, wrote in zip(of.logps, of.mask) if wrote) for of in completions])
-    tokens = sum(sum(of.mask) for of in completions)
-    gap_N = ours_N - theirs_N
-    return {"kl": float(gap_N.sum() / max(1, tokens)), "kl_sequence": float(gap_N.mean())}
+    theirs_P = torch.cat([logps_P.double().cpu() for _, logps_P in other.over(trees, MAX_TOKENS)])
+    written = [logp for of in completions for logp, wrote in zip(of.logps, of.mask) if wrote]
+    ours_P = torch.tensor(written, dtype=torch.float64)
+    k1_P, k3_P = (kl_penalty(ours_P, theirs_P, kind=kind) for kind in ("k1", "k3"))
+    return {
+        "kl": k1_P.mean().item(),
+        "kl_k3": k3_P.mean().item(),
+        "kl_sequence": k1_P.sum().item() / len(completions),
+    }
 
 
 class KlBudget(TrainerCallback):
@@ -90,7 +101,7 @@ class KlBudget(TrainerCallback):
             found = fresh_answers(
                 trainer.module, trainer.processing_class, self.prompts, self.most_tokens, args.seed
             )
-            self.spent = kl_to(self.other, found)["kl"]
+            self.spent = kl_to(self.other, found)["kl_k3"]
         if self.spent >= self.most:
             self.ended = control.should_training_stop = True
             trainer.log.say(

@@ -8,12 +8,12 @@ from typing import Any
 
 from alignfast.online.feedback import KINDS
 from alignfast.online.learning.gate import GateConfig
+from alignfast.online.learning.trainer import FeedbackConfig
 from alignfast.trainers.config import TrainerConfig, config
 from alignfast.trainers.dpo import DPOConfig
 from alignfast.trainers.grpo import GRPOConfig
 from alignfast.trainers.kto import KTOConfig
 from alignfast.trainers.ppo import PPOConfig
-from alignfast.trainers.reward import RewardConfig
 
 METHODS: dict[str, type[TrainerConfig]] = {
     "grpo": GRPOConfig,
@@ -45,6 +45,8 @@ class OnlineConfig:
     """How often the store is looked at while there is something to wait for."""
     kinds: list[str] = field(default_factory=lambda: [kind for kind in KINDS if kind != "implicit"])
     """Kinds of votes that are learned from. Hints (`implicit`) are left out unless named."""
+    votes_per_user: int | None = 100
+    """Of each voter the newest so many in a round, >= 1; the others count as seen. All anonymous voters are one. None: all."""
     held_out: float = 0.2
     """Share of the voters, in [0, 1), whose votes are never trained on but measured with."""
     held_out_by: str = "user"
@@ -53,7 +55,7 @@ class OnlineConfig:
     reward_model: str | None = None
     """Folder or hub name that the first reward model starts from; None: the start policy with a fresh head."""
     reward_options: dict[str, Any] = field(default_factory=dict)
-    """Options of the reward model's update."""
+    """Options of the reward model's update: those of RewardConfig, and of `alignfast.online.learning.FeedbackConfig`."""
 
     method: str = "grpo"
     """`grpo` or `ppo` on fresh answers to logged prompts; `dpo` or `kto` straight from votes."""
@@ -118,7 +120,7 @@ class OnlineConfig:
             self._require(getattr(self, name) >= 0, name, "at least 0")
         for name in ("held_out", "canary_margin"):
             self._require(0 <= getattr(self, name) < 1, name, "in [0, 1)")
-        for name in ("max_wait", "kl_budget"):
+        for name in ("max_wait", "kl_budget", "votes_per_user"):
             value = getattr(self, name)
             self._require(value is None or value > 0, name, "above 0, or None")
         self._require(self.poll_seconds > 0, "poll_seconds", "above 0")
@@ -136,7 +138,7 @@ class OnlineConfig:
             if own:
                 raise ValueError(f"{name}: {', '.join(own)} is set by the loop itself: leave it out")
         self.trainer_config(self.folder / "policy")  # tells a wrong option
-        RewardConfig(**self.reward_options)
+        FeedbackConfig(**self.reward_options)
         GateConfig(**self.gate)
 
     def _require(self, holds: bool, name: str, expected: str) -> None:

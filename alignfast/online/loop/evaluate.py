@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -26,7 +28,7 @@ from alignfast.data.intervals import proportion
 from alignfast.evaluation import distinct_n, length_figures, load_judge, preference_accuracy, win_rate
 from alignfast.evaluation.preference import IMPLICIT
 from alignfast.online.loop.budget import fresh_answers, kl_to
-from alignfast.online.loop.folders import made_by, publish
+from alignfast.online.loop.folders import clear_work, made_by, publish
 from alignfast.online.loop.policy import candidate_folder, load_version, note_uses, training_figures
 from alignfast.online.loop.votes import prompts_of, training_rows
 from alignfast.online.store import Run
@@ -52,6 +54,7 @@ def evaluate_candidate(loop: OnlineLoop, run: Run, round: Round) -> Literal["nex
         run=run.id, parents=[round.serving, round.reward], config=_config(loop), figures=figures,
     )  # fmt: skip
     note_uses(loop, round)
+    clear_work(config.folder, run.id)  # samples in it are of people's prompts
     round.policy, round.figures = name, figures
     return "next"
 
@@ -100,9 +103,19 @@ def measure(loop: OnlineLoop, run: Run, round: Round) -> dict[str, Any]:
     }  # of no two tokens, nothing is distinct
 
 
-def _config(loop: OnlineLoop) -> dict[str, Any]:
-    from dataclasses import asdict
+def check_judge(loop: OnlineLoop) -> None:
+    """Make sure, before a round is spent, that the judge is not the reward model in use.
 
+    Raises:
+        ValueError: it is one of this loop's.
+    """
+    spec = loop.config.judge
+    own = [Path(version.path) for version in loop.store.versions.all("reward")]
+    if spec is not None and Path(spec).expanduser().resolve() in [*own, loop.config.folder]:
+        raise ValueError(f"judge={spec!r} is a reward model of this loop: give another one, or api:MODEL")
+
+
+def _config(loop: OnlineLoop) -> dict[str, Any]:
     return {
         name: value for name, value in asdict(loop.config).items() if name != "db"
     }  # which may hold a password
@@ -147,17 +160,10 @@ def _rewards(
 def _judged(
     loop: OnlineLoop, round: Round, prompts: list[Any], sides: dict[str, list[Completion]]
 ) -> dict[str, Any]:
-    """The win rate, where there is a judge.
-
-    Raises:
-        ValueError: the judge is the reward model in use.
-    """
+    """The win rate, where there is a judge."""
     spec = loop.config.judge
     if spec is None:
         return {}
-    own = [version.path for version in loop.store.versions.all("reward")]
-    if spec in own:
-        raise ValueError(f"judge={spec!r} is a reward model of this loop: give another one, or api:MODEL")
     judge = load_judge(spec, timeout=300.0)
     ours, theirs = (_texts(prompts, sides[side]) for side in ("candidate", "serving"))
     if isinstance(judge, RewardSet):

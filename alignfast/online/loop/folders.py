@@ -10,6 +10,7 @@ version whole or not there, and what it had done is found again by the run's id 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,15 +22,40 @@ from typing import Any
 from alignfast.online.server.versions import weights_hash
 from alignfast.online.store import Store, Version
 from alignfast.online.store.versions import VersionKind
+from alignfast.trainers import checkpoint
 from alignfast.trainers.checkpoint import sha256
 
 MANIFEST = "manifest.json"
-_RUNS = ".runs"
+_RUNS, _KEY = ".runs", "of.sha256"
 
 
 def work_folder(output_dir: Path, run: str) -> Path:
     """Where a run is at work."""
     return output_dir / _RUNS / run
+
+
+def begin_work(folder: Path, of: Any) -> bool:
+    """Make the folder of a training, or find what an interrupted one has left there.
+
+    Args:
+        folder: under `work_folder`.
+        of: what it trains on and how, as JSON can hold it; what was left of anything else (votes were deleted meanwhile, an
+            option was changed) is removed.
+
+    Returns:
+        Whether there is a checkpoint to go on from.
+    """
+    key = hashlib.sha256(json.dumps(of, sort_keys=True, default=str).encode()).hexdigest()
+    file = folder / _KEY
+    if folder.exists() and (not file.is_file() or file.read_text() != key):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(key)
+    shutil.rmtree(folder / "model", ignore_errors=True)  # whole or half, it is made again
+    goes_on = checkpoint.find_newest(folder / "checkpoints", lambda text: None) is not None
+    if not goes_on:  # a first one that is half written is none
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return goes_on
 
 
 def clear_work(output_dir: Path, run: str) -> None:

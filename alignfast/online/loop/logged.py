@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from alignfast.data import Tree
+from alignfast.evaluation.scores import MAX_TOKENS
 from alignfast.losses import importance_weights
 from alignfast.models import Policy
 from alignfast.online.feedback import TIE, Judged, Shown
@@ -147,7 +148,7 @@ def within_kl(
     if not answers:
         return [], {"answers": 0, "too_far": 0}
     trees = [_tree(of.shown) for of in answers]
-    now = [logps_P.double().cpu() for _, logps_P in policy.over(trees, 4096)]
+    now = [logps_P.double().cpu() for _, logps_P in policy.over(trees, MAX_TOKENS)]
     lengths = [len(of.shown.completion_ids) for of in answers]
     now_of = torch.cat(now).split(lengths)
     gaps: dict[str, list[float]] = defaultdict(list)

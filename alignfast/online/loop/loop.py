@@ -24,16 +24,17 @@ import torch
 
 from alignfast.online.feedback import Judged
 from alignfast.online.loop.config import OnlineConfig
-from alignfast.online.loop.evaluate import evaluate_candidate
+from alignfast.online.loop.evaluate import check_judge, evaluate_candidate
 from alignfast.online.loop.folders import clear_work
 from alignfast.online.loop.gate import pass_gate
-from alignfast.online.loop.policy import NothingToLearn, learn_policy
+from alignfast.online.loop.policy import learn_policy
 from alignfast.online.loop.reward import learn_reward
-from alignfast.online.loop.round import STAGES, Round
+from alignfast.online.loop.round import STAGES, NothingToLearn, Round
 from alignfast.online.loop.serve import duel, promote, watch
-from alignfast.online.loop.votes import is_held_out
+from alignfast.online.loop.votes import is_held_out, newest_of_each
 from alignfast.online.server.versions import first_version
 from alignfast.online.store import Run, Store, Version
+from alignfast.online.voters import distinct
 
 Step: TypeAlias = Literal["next", "wait", "end"]
 
@@ -70,7 +71,7 @@ class OnlineLoop:
         self.config = OnlineConfig(**options) if config is None else config
         self._opened = store is None
         self.store = Store.open(self.config.db) if store is None else store
-        self.say = say
+        self._say, self._said = say, ""
 
     def close(self) -> None:
         """Let the database go, where this loop opened it."""
@@ -106,13 +107,14 @@ class OnlineLoop:
         """
         with self._alone():
             self.begin()
+            check_judge(self)
             while True:
                 run = self._run()
                 round = Round.from_dict(run.state)
                 step = self._advance(run, round)
                 if once:
                     return round
-                if step == "wait":
+                if step == "wait" or round.policy is None:  # there may be nothing to learn for as long
                     time.sleep(self.config.poll_seconds)
 
     def begin(self) -> Version:
@@ -170,10 +172,18 @@ class OnlineLoop:
 
     # What stages ask for
 
+    def say(self, what: str) -> None:
+        """Tell it, but not twice in a row: what waits is looked at every few seconds."""
+        if what != self._said:
+            self._say(what)
+        self._said = what
+
     def judged(self, ids: Sequence[str]) -> list[Judged]:
-        """Votes with what they are about, in the order in which they came; those deleted since are left out."""
+        """Votes with what they are about, in the order in which they came; without repeats, and those deleted since."""
         wanted = set(ids)
-        return self.store.judged([vote for vote in self.store.votes(current=False) if vote.id in wanted])
+        return distinct(
+            self.store.judged([vote for vote in self.store.votes(current=False) if vote.id in wanted])
+        )
 
     def reward_model(self) -> Version | None:
         """The newest reward model, from which the next one starts; None before the first."""
@@ -219,7 +229,7 @@ def _collect(loop: OnlineLoop, run: Run, round: Round) -> Step:
         return "wait"
     used = set() if before is None else loop.used(before)
     votes = [vote for vote in loop.store.votes(kinds=kinds) if vote.id not in used]
-    judged = loop.store.judged(votes)
+    judged, round.beyond = newest_of_each(loop.store.judged(votes), config.votes_per_user)
     held = [is_held_out(one, config.held_out, config.held_out_by, config.seed) for one in judged]
     round.votes = [one.vote.id for one, out in zip(judged, held) if not out]
     round.held_out = [one.vote.id for one, out in zip(judged, held) if out]
@@ -231,13 +241,18 @@ def _collect(loop: OnlineLoop, run: Run, round: Round) -> Step:
 
 
 def _reward(loop: OnlineLoop, run: Run, round: Round) -> Step:
-    learn_reward(loop, run, round)
-    return "next"
+    return _unless_nothing(learn_reward, loop, run, round)
 
 
 def _policy(loop: OnlineLoop, run: Run, round: Round) -> Step:
+    return _unless_nothing(learn_policy, loop, run, round)
+
+
+def _unless_nothing(
+    learn: Callable[[OnlineLoop, Run, Round], None], loop: OnlineLoop, run: Run, round: Round
+) -> Step:
     try:
-        learn_policy(loop, run, round)
+        learn(loop, run, round)
     except NothingToLearn as error:
         round.outcome = f"no candidate: {error}"
         return "end"

@@ -9,7 +9,7 @@ What comes out lies under the run's own folder until it is evaluated; only then 
 
 from __future__ import annotations
 
-import shutil
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,9 @@ from alignfast.models import load_policy, load_tokenizer
 from alignfast.online.feedback import Judged
 from alignfast.online.loop.budget import KlBudget
 from alignfast.online.loop.config import ON_POLICY
-from alignfast.online.loop.folders import made_by, work_folder
+from alignfast.online.loop.folders import begin_work, made_by, work_folder
 from alignfast.online.loop.logged import LoggedGRPOTrainer, logged_groups, within_kl
+from alignfast.online.loop.round import NothingToLearn, Round
 from alignfast.online.loop.votes import prompts_of, training_rows
 from alignfast.online.store import Run
 from alignfast.trainers.dpo import DPOTrainer
@@ -29,13 +30,8 @@ from alignfast.trainers.state import read_json, write_json
 
 if TYPE_CHECKING:
     from alignfast.online.loop.loop import OnlineLoop
-    from alignfast.online.loop.round import Round
 
 _FIGURES, _KL_PROMPTS = "figures.json", 16
-
-
-class NothingToLearn(ValueError):
-    """The round's votes give this method no row to train on."""
 
 
 def candidate_folder(loop: OnlineLoop, run: Run) -> Path:
@@ -58,27 +54,26 @@ def learn_policy(loop: OnlineLoop, run: Run, round: Round) -> None:
     config, folder = loop.config, candidate_folder(loop, run).parent
     if made_by(config.folder / round.policy_name, run.id) is not None or (folder / _FIGURES).exists():
         return
+    ids = [one.vote.id for one in loop.judged(round.votes)]
+    goes_on = begin_work(folder, [ids, config.method, config.policy_options, config.peft, round.serving])
     trainer, figures = _trainer(loop, round, folder)
     budget = _budget(loop, round, trainer)
     if budget is not None:
         trainer.add_callback(budget)  # type: ignore[arg-type]
-    output = trainer.train(resume_from_checkpoint=(folder / "checkpoints").exists())
+    output = trainer.train(resume_from_checkpoint=goes_on)
     figures |= {"steps": output.global_step, "loss": output.training_loss}
     if budget is not None:
         figures["kl_budget"] = {"spent": budget.spent, "most": budget.most, "ended": budget.ended}
-    shutil.rmtree(folder / "model", ignore_errors=True)
     trainer.save_model(str(folder / "model"))
-    write_json(folder / _FIGURES, figures)
+    write_json(folder / f"{_FIGURES}.tmp", figures)
+    os.replace(folder / f"{_FIGURES}.tmp", folder / _FIGURES)  # whole, once it is there
 
 
 def note_uses(loop: OnlineLoop, round: Round) -> None:
     """Remember what the candidate was trained on: votes, or prompts."""
     judged = loop.judged(round.votes)
-    taken = [one.vote.id for one in judged]
-    if loop.config.method in ON_POLICY and not loop.config.uses_logged:
-        taken = []
-    if taken:
-        loop.store.use_for(round.policy_name, ids=taken, fresh=False, replaced=True)
+    if loop.config.method not in ON_POLICY or loop.config.uses_logged:
+        loop.store.use_for(round.policy_name, ids=round.votes, fresh=False, replaced=True)
     loop.store.use_prompts(round.policy_name, [shown.id for one in judged for shown in one.answers])
 
 

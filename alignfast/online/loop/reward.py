@@ -1,82 +1,82 @@
-"""The reward model's update: from the last one, on the round's votes, into a version of its own."""
+"""The reward model's stage: from the last one, on the round's votes and some older ones, into a version of its own."""
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import dataclass
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from alignfast.online.loop.folders import made_by, publish, work_folder
-from alignfast.online.loop.votes import training_rows
+from alignfast.models import load_tokenizer
+from alignfast.models.classifier import load_adapters
+from alignfast.online.feedback import Judged
+from alignfast.online.learning.said import said_of
+from alignfast.online.learning.trainer import FeedbackConfig
+from alignfast.online.learning.update import RewardUpdate, update_reward
+from alignfast.online.learning.votes import weigh
+from alignfast.online.loop.folders import begin_work, made_by, publish, work_folder
+from alignfast.online.loop.round import NothingToLearn, Round
+from alignfast.online.loop.votes import is_held_out
 from alignfast.online.store import Run
-from alignfast.trainers.reward import RewardConfig, RewardTrainer
 
 if TYPE_CHECKING:
-    from alignfast.online.feedback import Judged
     from alignfast.online.loop.loop import OnlineLoop
-    from alignfast.online.loop.round import Round
-
-
-@dataclass(frozen=True)
-class RewardUpdate:
-    """What an update gave.
-
-    Attributes:
-        folder: of the new reward model, with its tokenizer.
-        figures: `accuracy`, its interval and more, on votes that were held out.
-    """
-
-    folder: Path
-    figures: dict[str, Any]
 
 
 def learn_reward(loop: OnlineLoop, run: Run, round: Round) -> None:
-    """Make the round's reward model, and note which votes it has used; again after a kill, without doing it twice."""
+    """Make the round's reward model, and note which votes it has used; again after a kill, without doing it twice.
+
+    Raises:
+        NothingToLearn: no vote says anything of an answer.
+    """
     store, config, name = loop.store, loop.config, round.reward_name
-    final, work = config.folder / name, work_folder(config.folder, run.id) / "reward"
+    work = work_folder(config.folder, run.id) / "reward"
     before = loop.reward_model()  # itself, where a kill came after its promotion
-    if made_by(final, run.id) is None:
-        train, held_out = loop.judged(round.votes), loop.judged(round.held_out)
-        start = config.reward_model or loop.start_policy().path if before is None else before.path
-        found = update_reward(start, train, held_out, work, config.reward_options)
+    if made_by(config.folder / name, run.id) is None:
+        found = _update(loop, round, work)
     else:
         found = RewardUpdate(work / "model", {})
-    parents = [before.name] if before is not None and before.name != name else []
     publish(
-        store, found.folder, config.folder, name, "reward",
-        run=run.id, parents=parents, config=config.reward_options, figures=found.figures,
+        store, found.folder, config.folder, name, "reward", run=run.id,
+        parents=[before.name] if before is not None and before.name != name else [],
+        config=config.reward_options, figures=found.figures,
     )  # fmt: skip
-    store.use_for(name, ids=[*round.votes, *round.held_out], fresh=False, replaced=True)
+    store.use_for(name, ids=[*round.votes, *round.held_out, *round.beyond], fresh=False, replaced=True)
     if before is None or before.name != name:
         store.versions.promote(name)
     round.reward = name
 
 
-def update_reward(
-    start: str, train: list[Judged], held_out: list[Judged], output_dir: Path, options: dict[str, Any]
-) -> RewardUpdate:
-    """A reward model trained on the preferences among votes, from where another one left off."""
-    rows, held = training_rows(train, "pairs"), training_rows(held_out, "pairs")
-    if not rows:
-        raise ValueError(
-            f"none of {len(train)} votes compares two answers: a reward model learns from pairs and rankings"
-        )
-    given = {
-        "num_train_epochs": 1,
-        "report_to": "none",
-        "save_steps": 50,
-        "save_total_limit": 1,
-        "disable_tqdm": True,
-    }
-    args = RewardConfig(**{**given, **options, "output_dir": str(output_dir)})
-    trainer = RewardTrainer(start, args, train_dataset=rows, eval_dataset=held or None)
-    trainer.train(resume_from_checkpoint=(output_dir / "checkpoints").exists())
-    figures = trainer.evaluate() if held else {}
-    shutil.rmtree(output_dir / "model", ignore_errors=True)
-    trainer.save_model(str(output_dir / "model"))
-    if not figures:
-        return RewardUpdate(output_dir / "model", {})
-    named = {"estimate": "eval_accuracy", "low": "eval_accuracy_low", "high": "eval_accuracy_high"}
-    accuracy = {name: figures[of] for name, of in named.items()}
-    return RewardUpdate(output_dir / "model", {"reward_accuracy": accuracy})
+def _update(loop: OnlineLoop, round: Round, work: Path) -> RewardUpdate:
+    config, before = loop.config, loop.reward_model()
+    start = config.reward_model or loop.start_policy().path if before is None else before.path
+    train, held_out = loop.judged(round.votes), loop.judged(round.held_out)
+    args = FeedbackConfig(**config.reward_options)
+    kept = weigh(train, args.vote_limits).kept
+    if not said_of(kept, edit_kept=args.edit_kept, implicit_weight=args.implicit_weight):
+        raise NothingToLearn(f"none of {len(train)} votes says anything of an answer that has a word in it")
+    replay = [] if before is None else _replayable(loop, loop.used(before))
+    ids = [[one.vote.id for one in votes] for votes in (train, held_out, replay)]
+    begin_work(work, [*ids, start, config.reward_options])
+    found = update_reward(start, train, held_out, work, config.reward_options, replay)
+    return RewardUpdate(_merged(found.folder), found.figures)
+
+
+def _replayable(loop: OnlineLoop, ids: set[str]) -> list[Judged]:
+    """Votes of earlier rounds that were trained on: what is held out stays so."""
+    config = loop.config
+    return [
+        one
+        for one in loop.judged(sorted(ids))
+        if not is_held_out(one, config.held_out, config.held_out_by, config.seed)
+    ]
+
+
+def _merged(folder: Path) -> Path:
+    """A reward model's folder; of adapters, one with them added to the weights, as what scores and the next update want."""
+    if not (folder / "adapter_config.json").is_file():
+        return folder
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    merged = load_adapters(str(folder), None, "auto", False, base).merge_and_unload(safe_merge=True)
+    merged.save_pretrained(folder / "merged")
+    load_tokenizer(None, folder).save_pretrained(folder / "merged")
+    return folder / "merged"

@@ -9,6 +9,10 @@ from typing import Any
 STAGES = ("collect", "reward", "policy", "evaluate", "gate", "canary", "promote", "watch")
 
 
+class NothingToLearn(ValueError):
+    """The round's votes give a stage nothing to train on."""
+
+
 @dataclass
 class Round:
     """One round of the learner. Each stage fills in what the later ones read.
@@ -18,6 +22,7 @@ class Round:
         serving: version that served when the round began: what the candidate is trained from and compared with.
         votes: ids of what it learns from.
         held_out: ids of what it measures with.
+        beyond: ids of votes beyond what one voter may give in a round: seen, and no more.
         reward: version of its reward model.
         policy: version that it proposes.
         figures: of the candidate.
@@ -30,6 +35,7 @@ class Round:
     serving: str
     votes: list[str] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)
+    beyond: list[str] = field(default_factory=list)
     reward: str | None = None
     policy: str | None = None
     figures: dict[str, Any] = field(default_factory=dict)

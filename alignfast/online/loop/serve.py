@@ -51,6 +51,7 @@ def duel(loop: OnlineLoop, run: Run, round: Round) -> Literal["next", "wait", "e
         return _refuse(loop, round, f"it {told}: below {wanted:g}")
     if len(wins) >= config.canary_voters or time.time() >= round.since + config.canary_seconds:
         return _refuse(loop, round, f"it {told}: not certain to be above {wanted:g}, and the budget is spent")
+    loop.say(f"{round.policy} {told}")
     return "wait"
 
 
@@ -85,7 +86,10 @@ def watch(loop: OnlineLoop, run: Run, round: Round) -> Literal["next", "wait", "
             store.versions.roll_back(reasons=[reason])
             round.outcome = f"{round.policy} is rolled back: {reason}"
             return "end"
-    return "next" if time.time() >= round.since + config.watch_seconds else "wait"
+    if time.time() >= round.since + config.watch_seconds:
+        return "next"
+    loop.say(f"{round.policy} is watched")
+    return "wait"
 
 
 def _refuse(loop: OnlineLoop, round: Round, reason: str) -> Literal["end"]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
-from alignfast.online.feedback import ANONYMOUS, Judged, Shown
+from alignfast.online.feedback import ANONYMOUS, Judged, Shown, voter_of
 from alignfast.online.store.export import ExportFormat, rows_of
 
 Row = TypeVar("Row", bound=dict[str, Any])
@@ -33,6 +34,27 @@ def is_held_out(judged: Judged, share: float, by: str = "user", seed: int = 0) -
     )
     digest = hashlib.sha256(f"{seed}:{whole}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < share
+
+
+def newest_of_each(judged: Sequence[Judged], most: int | None) -> tuple[list[Judged], list[str]]:
+    """The newest votes of each voter, in their order; and the ids of the others.
+
+    Args:
+        judged: in the order in which they came.
+        most: of one voter, as `feedback.voter_of` names them; None for any number.
+    """
+    if most is None:
+        return list(judged), []
+    counts: Counter[str] = Counter()
+    kept, beyond = [], []
+    for one in reversed(judged):
+        voter = voter_of(one.vote.user)
+        counts[voter] += 1
+        if counts[voter] <= most:
+            kept.append(one)
+        else:
+            beyond.append(one.vote.id)
+    return kept[::-1], beyond[::-1]
 
 
 def prompt_key(shown: Shown) -> str:

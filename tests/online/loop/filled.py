@@ -1,4 +1,4 @@
-"""A store with answers of a tiny model and votes of people who like one word of it."""
+"""A store with answers of a tiny model and votes of people who like every other word of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from alignfast.online.server.versions import weights_hash
 from alignfast.online.store import Store
 from alignfast.rollout import Sampling, make_engine
 
-LIKED = "cat"
+LIKED = frozenset(WORDS[::2])
 TINY: dict[str, Any] = {
     "use_cpu": True,
     "logging_steps": 1,
@@ -67,10 +67,14 @@ def ask(store: Store, number: int, seed: int = 0, n: int = 2) -> list[list[Shown
     return shown
 
 
+def share_liked(text: str) -> float:
+    words = text.split()
+    return sum(word in LIKED for word in words) / max(1, len(words))
+
+
 def liking(shown: Shown) -> float:
-    """How much people like an answer: the share of the word that they like, and a little noise to part ties."""
-    words = shown.text.split()
-    return words.count(LIKED) / max(1, len(words)) + random.Random(shown.id).random() * 1e-3
+    """How much people like an answer: the share of words that they like, and a little noise to part ties."""
+    return share_liked(shown.text) + random.Random(shown.id).random() * 1e-3
 
 
 def vote(store: Store, groups: list[list[Shown]]) -> list[Vote]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,39 +73,48 @@ def check_uses(store: Store, votes: list[str]) -> None:
     assert sorted(trained) == sorted(set(votes) - held_out)
 
 
-def rounds_of_kills(tmp_path: Path, moments: list[list[int]]) -> list[str]:
-    """Rounds whose learner is killed at each of a round's moments, then left to end; hashes of what it made."""
+def rounds_of_kills(tmp_path: Path, moments: Iterable[list[int]]) -> list[str]:
+    """Rounds whose learner is killed at each of a round's moments, then left to end; hashes of what it made.
+
+    A moment that a round does not have ends it all.
+    """
     url, folder = f"sqlite:///{tmp_path}/feedback.db", tmp_path / "versions"
     start = make_start(tmp_path / "start")
     votes: list[str] = []
     with Store.open(url) as store:
         serve_start(store, start)
         with learner() as learns:
-            before = "start"
+            before, over = "start", False
             for number, kills in enumerate(moments, 1):
                 votes += [one.id for one in vote(store, ask(store, 6, seed=number))]
                 for moment in kills:
                     ended = learns.run(moment, db=url, output_dir=str(folder))
-                    assert ended == -signal.SIGKILL
+                    over = ended == 0
+                    assert over or ended == -signal.SIGKILL
                     check_serving(store, {before, f"policy-{number}"})
-                assert learns.run(NEVER, db=url, output_dir=str(folder)) == 0
+                if not over:
+                    assert learns.run(NEVER, db=url, output_dir=str(folder)) == 0
                 before = f"policy-{number}"
                 check_serving(store, {before})
                 check_uses(store, votes)
                 assert list((folder / ".runs").iterdir()) == []
-        assert [run.status for run in store.runs.all()] == ["done"] * len(moments)
+                if over:
+                    break
+        assert {run.status for run in store.runs.all()} == {"done"}
         return [version.hash for version in store.versions.all()]
 
 
 def test_a_killed_learner_goes_on(tmp_path: Path) -> None:
-    rounds_of_kills(tmp_path, [[3, 9, 5]])
+    rounds_of_kills(tmp_path, [[3, 9]])
 
 
 @pytest.mark.slow
-def test_thirty_kills(tmp_path: Path) -> None:
-    """At every moment of a round, one after the other; the versions are those of a learner that nobody killed."""
+def test_kills_at_every_moment(tmp_path: Path) -> None:
+    """Of a round, one after the other; the versions are those of a learner that nobody killed."""
     (tmp_path / "killed").mkdir()
     (tmp_path / "left").mkdir()
-    killed = rounds_of_kills(tmp_path / "killed", [[n] for n in range(1, 31)])
-    left = rounds_of_kills(tmp_path / "left", [[] for _ in range(30)])
-    assert killed == left
+    killed = rounds_of_kills(tmp_path / "killed", ([n] for n in itertools.count(1)))
+    rounds = len(killed) // 2
+    print(f"{rounds - 1} kills")
+    assert rounds > 30
+    assert killed == rounds_of_kills(tmp_path / "left", [[] for _ in range(rounds)])

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from online.loop.filled import FAST, ask, make_start, serve_start, vote
+from online.loop.filled import FAST, LIKED, ask, make_start, serve_start, vote
 
+from alignfast.online.feedback import Judged, Shown, Vote
 from alignfast.online.learning.gate import Decision
-from alignfast.online.loop import OnlineLoop
+from alignfast.online.loop import OnlineConfig, OnlineLoop, Round
 from alignfast.online.loop import gate as loop_gate
+from alignfast.online.loop.evaluate import check_judge
 from alignfast.online.loop.folders import read_manifest
+from alignfast.online.loop.votes import newest_of_each
 from alignfast.online.server.versions import weights_hash
 from alignfast.online.store import Store
 
@@ -41,7 +44,9 @@ def open_gate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("open_gate")
-@pytest.mark.parametrize("method", ["grpo", "dpo", "kto", "ppo"])
+@pytest.mark.parametrize(
+    "method", ["grpo", *(pytest.param(m, marks=pytest.mark.slow) for m in ("dpo", "kto", "ppo"))]
+)
 def test_a_round_ends_with_a_new_version_that_serves(
     store: Store, tmp_path: Path, start: Path, method: str
 ) -> None:
@@ -64,3 +69,122 @@ def test_a_round_ends_with_a_new_version_that_serves(
     assert {one.id for one in store.used_by("reward-1")} == {one.id for one in votes}
     assert [run.status for run in store.runs.all()] == ["done"]
     assert not (tmp_path / "versions" / ".runs" / store.runs.all()[0].id).exists()
+
+
+def all_lower(answer: Any) -> float:
+    """A suite: what share of the answers has no capital."""
+    return sum(text == text.lower() for text in answer(["the cat", "a dog"])) / 2
+
+
+def capitals(answer: Any) -> float:
+    return 1 - all_lower(answer)
+
+
+def likes_some(completions: list[str], **_: Any) -> list[float]:
+    return [float(sum(word in LIKED for word in text.split())) for text in completions]
+
+
+@pytest.mark.usefixtures("open_gate")
+def test_figures_of_a_candidate(store: Store, tmp_path: Path, start: Path) -> None:
+    serve_start(store, start)
+    vote(store, ask(store, 12))
+    here = "online.loop.test_loop"
+    loop = make_loop(
+        store, tmp_path, method="dpo", judge=f"{here}:likes_some", task_suites={"lower": f"{here}:all_lower"},
+        safety_suites={"capitals": f"{here}:capitals"}, policy_options={"max_steps": 6}, kl_budget=1e-9,
+    )  # fmt: skip
+    round = loop.run(once=True)
+    assert round is not None
+    figures = store.versions.get("policy-1").figures
+    assert figures == read_manifest(tmp_path / "versions" / "policy-1")["figures"]
+    assert figures["suites"] == {
+        "lower": {"candidate": 1.0, "serving": 1.0, "safety": False},
+        "capitals": {"candidate": 0.0, "serving": 0.0, "safety": True},
+    }
+    assert figures["judge"] == f"{here}:likes_some"
+    for name in ("win_rate", "preference", "reward_wins", "reward_accuracy", "satisfaction_serving"):
+        assert 0 <= figures[name]["low"] <= figures[name]["estimate"] <= figures[name]["high"] <= 1
+    assert figures["steps"] == 2  # the budget was spent at the first look
+    assert figures["kl_budget"]["ended"]
+    # held out whole: no voter is on both sides
+    sides = [{one.vote.user for one in loop.judged(ids)} for ids in (round.votes, round.held_out)]
+    assert all(sides)
+    assert not sides[0] & sides[1]
+
+
+def test_the_judge_is_not_the_reward_model(store: Store, tmp_path: Path) -> None:
+    store.versions.add("reward-1", "reward", str(tmp_path / "reward-1"), "0")
+    loop = make_loop(store, tmp_path, judge=str(tmp_path / "." / "reward-1"))
+    with pytest.raises(ValueError, match="is a reward model of this loop"):
+        check_judge(loop)
+
+
+def test_a_refused_candidate_is_kept_with_the_reasons(store: Store, tmp_path: Path) -> None:
+    store.versions.add("policy-1", "policy", str(tmp_path / "policy-1"), "0")
+    loop, run = make_loop(store, tmp_path, gate={"max_kl": 0.1}), store.runs.start("gate")
+    fair = Round(1, "start", policy="policy-1", figures={"kl": 0.05})
+    assert loop_gate.pass_gate(loop, run, fair) == "next"
+    assert fair.accepted
+    far = Round(1, "start", policy="policy-1", figures={"kl": 0.2})
+    assert loop_gate.pass_gate(loop, run, far) == "end"
+    refused = store.versions.get("policy-1")
+    assert refused.status == "refused"
+    assert "KL to the start policy is 0.200 nats a token" in refused.reasons[0]
+    assert far.outcome == f"policy-1 is refused: {refused.reasons[0]}"
+
+
+def test_a_round_waits_for_votes(store: Store, tmp_path: Path, start: Path) -> None:
+    serve_start(store, start)
+    told: list[str] = []
+    loop = make_loop(store, tmp_path, min_votes=100)
+    loop._say = told.append
+    vote(store, ask(store, 2))
+    assert loop.run(once=True) == loop.run(once=True)
+    assert told == ["round 1: 4 of 100 votes"]
+    (run,) = store.runs.all()
+    assert (run.status, run.stage) == ("running", "collect")
+    with loop._alone(), pytest.raises(RuntimeError, match="another learner is at work"):
+        loop.run(once=True)
+
+
+def test_votes_without_a_row_for_the_method_end_the_round(store: Store, tmp_path: Path, start: Path) -> None:
+    serve_start(store, start)
+    groups = ask(store, 6)
+    vote(store, groups)
+    loop = make_loop(store, tmp_path, method="kto", kinds=["ranking"])
+    round = loop.run(once=True)
+    assert round is not None
+    assert round.outcome is not None
+    assert "gives kto a row" in round.outcome
+    assert [run.status for run in store.runs.all()] == ["done"]
+
+
+def test_a_voter_has_so_many_votes_in_a_round() -> None:
+    shown = Shown(id="a", prompt="b", text="c")
+    users = ["ada", "anonymous:1", "ada", "anonymous:2", "ada"]
+    votes = [
+        Judged(Vote(response_id="a", kind="thumb", value="up", user=user, id=str(i)), (shown,))
+        for i, user in enumerate(users)
+    ]
+    kept, beyond = newest_of_each(votes, 1)
+    assert [one.vote.id for one in kept] == ["3", "4"]
+    assert beyond == ["0", "1", "2"]
+    assert newest_of_each(votes, None) == (votes, [])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_votes": 0}, "min_votes must be at least 1"),
+        ({"method": "sft"}, "method must be one of grpo, ppo, dpo, kto"),
+        ({"method": "ppo", "logged_answers": True}, "only grpo has them"),
+        ({"kinds": ["stars"]}, "kinds must be some of thumb"),
+        ({"policy_options": {"output_dir": "x"}}, "policy_options: output_dir is set by the loop"),
+        ({"policy_options": {"epsilon": 0.1}, "method": "dpo"}, "epsilon"),
+        ({"gate": {"max_kl": 0}}, "gate: expected max_kl > 0"),
+        ({"canary_share": 1.5}, "canary_share must be in"),
+    ],
+)
+def test_wrong_options_are_told(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        OnlineConfig(**options)

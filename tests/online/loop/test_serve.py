@@ -1,0 +1,153 @@
+"""Canary, promotion and watch, on versions without a model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignfast.cli import main
+from alignfast.online.feedback import Shown, Vote
+from alignfast.online.loop import OnlineLoop, Round
+from alignfast.online.loop.serve import duel, promote, watch
+from alignfast.online.store import Run, Store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store.open(f"sqlite:///{tmp_path}/feedback.db") as opened:
+        opened.versions.add("start", "policy", "/start", "0")
+        opened.versions.promote("start")
+        opened.versions.add("policy-1", "policy", "/policy-1", "1", parents=["start"])
+        yield opened
+
+
+def make(store: Store, tmp_path: Path, **options: Any) -> tuple[OnlineLoop, Run, Round]:
+    loop = OnlineLoop(store=store, output_dir=str(tmp_path), say=lambda text: None, **options)
+    return loop, store.runs.start("canary"), Round(1, "start", policy="policy-1")
+
+
+def duels(store: Store, outcomes: list[bool], first: int = 0) -> None:
+    """A voter each, who finds the candidate's answer better or worse."""
+    for i, wins in enumerate(outcomes, first):
+        sides = [
+            Shown(id=f"d{i}-{name}", prompt="a", text=name, group_id=f"d{i}", policy_version=name, user=f"u{i}",
+                  sampling={"duel": "policy-1"})
+            for name in ("start", "policy-1")
+        ]  # fmt: skip
+        store.record_shown(*sides)
+        store.add_vote(Vote(response_id=sides[0].id, kind="pair", value=sides[wins].id, user=f"u{i}"))
+
+
+def thumbs(store: Store, version: str, ups: int, downs: int) -> None:
+    for i in range(ups + downs):
+        store.record_shown(Shown(id=f"{version}-{i}", prompt="a", text="b", policy_version=version))
+        value = "up" if i < ups else "down"
+        store.add_vote(Vote(response_id=f"{version}-{i}", kind="thumb", value=value, user=f"t{i}"))
+
+
+def test_a_candidate_that_wins_its_duels_passes(store: Store, tmp_path: Path) -> None:
+    loop, run, round = make(store, tmp_path)
+    assert duel(loop, run, round) == "wait"
+    canary = store.versions.canary()
+    assert canary is not None
+    assert (canary.name, canary.share) == ("policy-1", 0.1)
+    duels(store, [True] * 5)
+    assert duel(loop, run, round) == "wait"
+    duels(store, [True] * 20, first=5)
+    assert duel(loop, run, round) == "next"
+    assert store.versions.get("policy-1").figures["duels"]["voters"] == 25
+    assert promote(loop, run, round) == promote(loop, run, round) == "next"
+    serving = store.versions.serving()
+    assert serving is not None
+    assert serving.name == "policy-1"
+    assert store.versions.canary() is None
+    assert store.versions.roll_back().name == "start"  # promoted once
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "options", "reason"),
+    [
+        ([False] * 25, {}, "below 0.5"),
+        ([True, False] * 6, {"canary_voters": 12}, "the budget is spent"),
+        ([], {"canary_seconds": 0.0}, "the budget is spent"),
+        ([True, True, False] * 30, {"canary_margin": 0.4}, "below 0.9"),
+    ],
+)
+def test_a_candidate_that_does_not_win_is_refused(
+    store: Store, tmp_path: Path, outcomes: list[bool], options: dict[str, Any], reason: str
+) -> None:
+    loop, run, round = make(store, tmp_path, **options)
+    duels(store, outcomes)
+    assert duel(loop, run, round) == "end"
+    refused = store.versions.get("policy-1")
+    assert refused.status == "refused"
+    assert reason in refused.reasons[0]
+    assert round.outcome is not None
+    assert reason in round.outcome
+    assert duel(loop, run, round) == "end"  # after a kill before the round was ended
+
+
+def test_a_candidate_is_not_promoted_over_what_it_was_not_compared_with(store: Store, tmp_path: Path) -> None:
+    loop, run, round = make(store, tmp_path)
+    store.versions.add("by-hand", "policy", "/by-hand", "2")
+    store.versions.promote("by-hand")
+    duels(store, [True] * 25)
+    assert duel(loop, run, round) == "end"
+    assert "by-hand serves by now" in store.versions.get("policy-1").reasons[0]
+
+
+def test_a_version_that_people_like_less_is_rolled_back(store: Store, tmp_path: Path) -> None:
+    loop, run, round = make(store, tmp_path, watch_seconds=3600.0)
+    thumbs(store, "start", 60, 20)
+    promote(loop, run, round)
+    assert watch(loop, run, round) == "wait"
+    thumbs(store, "policy-1", 10, 40)
+    assert watch(loop, run, round) == "end"
+    serving = store.versions.serving()
+    assert serving is not None
+    assert serving.name == "start"
+    left = store.versions.get("policy-1")
+    assert left.status == "rolled_back"
+    assert "satisfaction fell from 0.750" in left.reasons[0]
+    assert watch(loop, run, round) == "end"  # after a kill: not back once more
+    assert store.versions.serving() == serving
+
+
+def test_a_version_that_people_like_as_much_stays(store: Store, tmp_path: Path) -> None:
+    loop, run, round = make(store, tmp_path, watch_seconds=3600.0)
+    thumbs(store, "start", 60, 20)
+    promote(loop, run, round)
+    thumbs(store, "policy-1", 28, 12)
+    assert watch(loop, run, round) == "wait"
+    assert round.since is not None
+    round.since -= 3600
+    assert watch(loop, run, round) == "next"
+
+
+def test_commands(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    db = f"sqlite:///{tmp_path}/feedback.db"
+    thumbs(store, "start", 3, 1)
+    store.runs.start("canary", Round(1, "start", policy="policy-1").to_dict())
+    assert main(["online", "promote", "policy-1", "--db", db]) == 0
+    assert main(["online", "status", "--db", db]) == 0
+    told = capsys.readouterr().out
+    assert "* policy-1        promoted    no thumbs" in told
+    assert "start           promoted    thumbs up 0.750" in told
+    assert "round 1: canary" in told
+    began = time.perf_counter()
+    assert main(["online", "rollback", "--db", db, "--reason", "too rude"]) == 0
+    assert time.perf_counter() - began < 1
+    serving = store.versions.serving()
+    assert serving is not None
+    assert serving.name == "start"
+    assert store.versions.get("policy-1").reasons == ("too rude",)
+    store.versions.add("reward-1", "reward", "/reward-1", "3")
+    assert main(["online", "promote", "reward-1", "--db", db]) == 1
+    assert main(["online", "rollback", "--db", db]) == 1
+    assert main(["online", "roll", "--db", db]) == 2
+    assert main(["online", "--method", "sft"]) == 1
+    assert "method must be one of grpo, ppo, dpo, kto, got 'sft'" in capsys.readouterr().err
