@@ -5,14 +5,15 @@ import { announce, el, find } from "./dom.js";
 import { session, showFailure } from "./session.js";
 
 const EVERY = 5000; // milliseconds
-const STATUS = { promoted: "promoted", candidate: "candidate", canary: "canary", refused: "refused", rolled_back: "rolled back" };
-const COLUMNS = { reward_accuracy: "Reward accuracy", win_rate: "Win rate", kl: "KL" };
+const STATUS = { promoted: "served before", candidate: "candidate", canary: "canary", refused: "refused", rolled_back: "rolled back" };
+const COLUMNS = { reward_accuracy: "Reward accuracy", win_rate: "Win rate", kl: "KL, nats a token" };
 const SVG = "http://www.w3.org/2000/svg";
 
 let adminKey = null; // kept by this page alone, until it is closed
 let shown = "";
 
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
+const range = ({ low, high }, told) => (told === percent ? `${(100 * low).toFixed(1)} to ${percent(high)}` : `${told(low)} to ${told(high)}`);
 const number = (value) => (Number.isInteger(value) ? value.toLocaleString("en") : value.toPrecision(3));
 const time = (seconds) => new Date(1000 * seconds).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" });
 const isFigure = (value) => typeof value === "number" || (value && typeof value.estimate === "number");
@@ -23,7 +24,7 @@ function figure(name, value) {
   const told = isShare(name) ? percent : number;
   if (typeof value === "number") return [told(value)];
   const parts = [told(value.estimate)];
-  if (typeof value.low === "number") parts.push(el("small", {}, `${told(value.low)} to ${told(value.high)}`));
+  if (typeof value.low === "number") parts.push(el("small", {}, range(value, told)));
   return parts;
 }
 
@@ -35,7 +36,7 @@ function drawing({ estimate, low, high }) {
     for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
     svg.append(node);
   };
-  for (const [key, value] of Object.entries({ viewBox: "0 0 160 16", class: "interval", "aria-hidden": "true" })) svg.setAttribute(key, value);
+  for (const [key, value] of Object.entries({ viewBox: "0 0 160 16", preserveAspectRatio: "xMinYMid", class: "interval", "aria-hidden": "true" })) svg.setAttribute(key, value);
   part("line", { x1: 0, x2: 160, y1: 8, y2: 8, class: "axis" });
   part("line", { x1: 80, x2: 80, y1: 3, y2: 13, class: "half" });
   part("line", { x1: 160 * low, x2: 160 * high, y1: 8, y2: 8, class: "range" });
@@ -45,8 +46,8 @@ function drawing({ estimate, low, high }) {
 
 function satisfaction(told) {
   if (!told) return [el("span", { class: "muted" }, "no thumbs yet")];
-  const votes = told.votes === undefined ? "" : `, ${number(told.votes)} ${told.votes === 1 ? "vote" : "votes"}`;
-  return [drawing(told), el("span", {}, percent(told.estimate), el("small", {}, `${percent(told.low)} to ${percent(told.high)}${votes}`))];
+  const votes = `${number(told.votes)} ${told.votes === 1 ? "thumb" : "thumbs"}`;
+  return [drawing(told), percent(told.estimate), el("small", {}, range(told, percent)), el("small", {}, votes)];
 }
 
 function versionRow(version, state, columns) {
@@ -59,7 +60,7 @@ function versionRow(version, state, columns) {
     ...(version.reasons ?? []),
   ];
   const more = others.map(([name, value]) => el("small", {}, `${name.replaceAll("_", " ")}: ${figure(name, value).map((part) => part.textContent ?? part).join(", ")}`));
-  const name = el("td", {}, el("strong", {}, version.name), el("span", { class: `status ${status}` }, STATUS[status] ?? status), ...notes.map((note) => el("small", {}, note)));
+  const name = el("td", {}, el("strong", {}, version.name), el("span", { class: `status ${status}` }, version.kind === "reward" ? status : (STATUS[status] ?? status)), ...notes.map((note) => el("small", {}, note)));
   if (more.length) name.append(el("details", {}, el("summary", {}, "More figures"), ...more));
   const cells = columns.map((column) => {
     if (column === "satisfaction") return cell("Satisfaction", ...satisfaction(version.satisfaction));
@@ -69,7 +70,7 @@ function versionRow(version, state, columns) {
   const row = el("tr", { "data-version": version.name }, name, ...cells);
   if (columns.includes("satisfaction")) {
     const button = el("button", { type: "button", "aria-label": `Promote ${version.name}`, onclick: () => promote(version.name) }, "Promote");
-    row.append(el("td", {}, ...(serves ? [] : [button])));
+    row.append(el("td", { class: "action" }, ...(serves ? [] : [button])));
   }
   return row;
 }
@@ -88,13 +89,13 @@ function facts(state) {
   const found = [
     fact("Serving", state.serving ?? "nothing"),
     fact("Votes", number(state.votes)),
-    fact("Waiting to be learned from", number(state.unused)),
-    fact("Learner", run?.status === "running" ? run.stage : "idle", run ? `${run.stage} ${run.status}, ${time(run.updated)}` : null),
+    fact("Queue", number(state.unused), "votes to learn from"),
+    fact("Learner", run?.status === "running" ? run.stage : "idle", run ? `${run.status === "running" ? "since" : `last ${run.status}`} ${time(run.updated)}` : null),
   ];
   if (state.canary) {
     const { version, share, voters, wins } = state.canary;
-    const told = voters ? `wins ${percent(wins)} before ${number(voters)} ${voters === 1 ? "voter" : "voters"}` : "no duel is voted on yet";
-    found.splice(1, 0, fact("Canary", version, `${told}, ${percent(share)} of the users`));
+    const told = voters ? `${number(voters)} ${voters === 1 ? "voter says" : "voters say"}: better in ${percent(wins)}` : "no votes yet";
+    found.splice(1, 0, fact("Canary", version, `${told}; meets ${percent(share)} of users`));
   }
   for (const [name, fault] of Object.entries(state.faults ?? {})) found.push(fact("Not loaded", name, fault));
   return found;
