@@ -1,4 +1,4 @@
-"""`alignfast online [--once] | status | promote | rollback`: learn from the votes in a store, and what serves."""
+"""`alignfast online [--once] | --simulate | status | promote | rollback`: learn from votes, and what serves."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from alignfast.commands.parser import UsageError, parse_options
+
+_SIMULATE = "--simulate"
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,9 @@ def run(command: str, argv: Sequence[str]) -> None:
             raise UsageError(f"there is `alignfast {command} [{' | '.join(_ACTIONS)}]`, got {argv[0]!r}")
         _ACTIONS[argv[0]](f"{command} {argv[0]}", argv[1:])
         return
+    if _SIMULATE in argv:
+        _simulate(f"{command} {_SIMULATE}", [word for word in argv if word != _SIMULATE])
+        return
     from alignfast.online.loop import OnlineConfig, OnlineLoop
 
     options, config = parse_options(command, argv, RunOptions, OnlineConfig)
@@ -59,6 +64,14 @@ def run(command: str, argv: Sequence[str]) -> None:
             loop.run(once=options.once)
         except KeyboardInterrupt:
             print(f"stopped; `alignfast {command}` goes on where it was")
+
+
+def _simulate(command: str, argv: Sequence[str]) -> None:
+    from alignfast.simulation import SimulationConfig, simulate
+
+    (config,) = parse_options(command, argv, SimulationConfig)
+    simulate(config)
+    print(f"figures: {config.output_dir}/simulation.json, plot: {config.output_dir}/simulation.png")
 
 
 def _status(command: str, argv: Sequence[str]) -> None:

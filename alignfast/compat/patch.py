@@ -173,7 +173,7 @@ def _add_fused_lm_head(original: Callable[..., None]) -> Callable[..., None]:
                 with _or_theirs(options):
                     if args:
                         raise NotServed("arguments without a name")
-                    batch_options = {
+                    batch_options: dict[str, Any] = {
                         "temperature": temperature,
                         "wide": cast_lm_head_to_fp32,
                         "outputs": outputs,

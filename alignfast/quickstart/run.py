@@ -99,7 +99,7 @@ def run_seed(seed: int, folder: Path, sizes: Sizes, say: Say) -> Passage:
     asked = held_out[: sizes.held_out]
     seconds = {}
 
-    rows = _answered_by_the_grammar(train, rng, sizes.sft_rows)
+    rows = answered_by_the_grammar(train, rng, sizes.sft_rows)
     _write_jsonl(folder / "sft.jsonl", rows)
     _, seconds[SFT] = _timed(lambda: fine_tune(rows, sizes.hidden_size, folder, seed))
     say(f"SFT on {len(rows):,} answers: {seconds[SFT]:.0f} s")
@@ -144,7 +144,8 @@ def run_seed(seed: int, folder: Path, sizes: Sizes, say: Say) -> Passage:
     )
 
 
-def _answered_by_the_grammar(questions: Sequence[Question], rng: random.Random, number: int) -> Rows:
+def answered_by_the_grammar(questions: Sequence[Question], rng: random.Random, number: int) -> Rows:
+    """So many rows for SFT: the questions in turn, each answered as the grammar's people do."""
     asked = [questions[i % len(questions)] for i in range(number)]
     return [
         {

@@ -85,7 +85,7 @@ def _trainer(loop: OnlineLoop, round: Round, folder: Path) -> tuple[Trainer, dic
     if config.method in ON_POLICY:
         assert round.reward is not None
         reward = loop.store.versions.get(round.reward).path
-        rows, figures = _prompts(loop, judged, args), {}
+        rows = _prompts(loop, judged, args)
         shared |= {"train_dataset": [{"prompt": row["prompt"]} for row in rows]}
         if config.method == "ppo":
             return PPOTrainer(serving.path, reward, ref_model=start.path, **shared), {"prompts": len(rows)}
