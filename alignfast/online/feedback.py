@@ -338,7 +338,9 @@ def _check_text(text: Any, name: str) -> None:
 
 def is_storable(text: str) -> bool:
     """Whether every database takes a text: PostgreSQL refuses NUL, and half characters have no UTF-8."""
-    return "\0" not in text and not any("\ud800" <= char <= "\udfff" for char in text)
+    if "\0" in text:
+        return False
+    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def storable(value: Any) -> Any:

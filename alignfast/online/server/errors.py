@@ -59,7 +59,7 @@ class ApiError(Exception):
 def install(app: FastAPI) -> None:
     """Have every error of an app answered in this shape."""
     app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, _unexpected)
 
@@ -69,7 +69,8 @@ async def _api_error(request: Request, error: Any) -> JSONResponse:
     return response
 
 
-async def _invalid(request: Request, error: Any) -> JSONResponse:
+async def invalid(request: Request, error: Any) -> JSONResponse:
+    """The answer to a body that is not as it should be, by pydantic's error."""
     errors = error.errors()
     # of what may be one of several types, the first error is often that it is none of the others
     first = next((each for each in errors if not each["type"].endswith("_type")), errors[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
@@ -22,6 +22,7 @@ from alignfast.online.feedback import (
     Vote,
     storable,
 )
+from alignfast.online.store.prepared import Prepared, refused
 from alignfast.online.store.tables import (
     feedback,
     idempotency,
@@ -36,32 +37,39 @@ _CHUNK = 500  # ids in one statement; databases limit how many
 
 # What every vote runs is built once: to build and hash its statements took SQLAlchemy twice as long as to run them.
 _KEEP_SHOWN = insert(responses)
-_KEEP_VOTE = insert(feedback)
-_KEEP_KEY = insert(idempotency)
+_VOTE_COLUMNS = [column.name for column in feedback.c if column.name != "seq"]
+_KEEP_VOTE = Prepared(insert(feedback).returning(feedback.c.seq), _VOTE_COLUMNS)
+_KEEP_KEY = Prepared(insert(idempotency), [column.name for column in idempotency.c])
 _ANSWERED = (
     select(feedback, idempotency.c.body_hash)
     .join(idempotency, idempotency.c.feedback == feedback.c.seq)
     .where(idempotency.c.caller == bindparam("caller"), idempotency.c.key == bindparam("key"))
 )
-_REPLACE = (
+_CAME = Prepared(
+    select(idempotency.c.feedback).where(
+        idempotency.c.caller == bindparam("caller"), idempotency.c.key == bindparam("key")
+    )
+)
+_REPLACE = Prepared(
     update(feedback)
     .where(feedback.c.user_id == bindparam("whose"), feedback.c.target == bindparam("what"))
     # as the index one_current_vote says it: by `current = 1` SQLite walks through all votes of the user
     .where(feedback.c.slot == bindparam("which"), text("current"))
-    .values(current=False)
+    .values(current=text("false"))
     .returning(feedback.c.id)
 )
 _NAMED = select(responses.c.id, responses.c.group_id, responses.c.user_id)
-_ONE = _NAMED.where(responses.c.id == bindparam("one"))
+_ONE = Prepared(_NAMED.where(responses.c.id == bindparam("one")))
 _SOME = _NAMED.add_columns(responses.c.prompt).where(responses.c.id.in_(bindparam("some", expanding=True)))
 _GROUP = _NAMED.where(responses.c.group_id == bindparam("group"))
-_OLDEST = (
+_OLDEST = Prepared(
     select(feedback.c.created)
     .where(feedback.c.user_id == bindparam("whose"))
     .order_by(feedback.c.created.desc())
     .offset(bindparam("place"))
-    .limit(1)
+    .limit(bindparam("rows"))
 )
+_Named = namedtuple("_Named", ("id", "group_id", "user_id"))  # a row of _NAMED
 
 
 def chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
@@ -190,17 +198,18 @@ def insert_vote(connection: Connection, vote: Vote, request: Request) -> Kept:
     if request.limit is not None:
         _check_limit(connection, vote, *request.limit)
     whose = {"whose": vote.user, "what": target, "which": vote.slot}
-    before = connection.execute(_REPLACE, whose).scalar()
+    replaced = _REPLACE.rows(connection, whose)
+    before = replaced[0][0] if replaced else None
     row = {name: value for name, value in vote.body.items() if name != "user"}
     row.update(id=vote.id, user_id=vote.user, slot=vote.slot, target=target, current=True, replaces=before)
+    row.update(value=json.dumps(row["value"]), among=json.dumps(row["among"]), created=vote.created)
     try:
-        found = connection.execute(_KEEP_VOTE, {**row, "created": vote.created})
-    except IntegrityError as error:
+        ((seq,),) = _KEEP_VOTE.rows(connection, row)
+    except refused(connection) as error:
         raise ValueError(f"a vote with the id {vote.id!r} is stored already") from error
     if request.key is not None:
-        assert found.inserted_primary_key is not None
         answered = {"caller": request.caller, "key": request.key, "body_hash": request.said}
-        connection.execute(_KEEP_KEY, {**answered, "feedback": found.inserted_primary_key[0]})
+        _KEEP_KEY.rows(connection, {**answered, "feedback": seq})
     return Kept(vote, False, before)
 
 
@@ -215,9 +224,9 @@ def _answered(connection: Connection, caller: str, key: str, said: str) -> Kept 
     Raises:
         IdempotencyConflict: it was another vote.
     """
-    row = connection.execute(_ANSWERED, {"caller": caller, "key": key}).one_or_none()
-    if row is None:
+    if not _CAME.rows(connection, {"caller": caller, "key": key}):
         return None
+    row = connection.execute(_ANSWERED, {"caller": caller, "key": key}).one()
     if row.body_hash != said:
         raise IdempotencyConflict(
             f"the idempotency key {key!r} came before with another vote ({row.id}); a new vote needs a new key"
@@ -241,8 +250,12 @@ def _target(connection: Connection, vote: Vote, request: Request) -> tuple[str, 
         return f"episode:{vote.episode_id}", ()
     assert vote.response_id is not None
     ids = {vote.response_id, *vote.among} | _named_by(vote)
-    asked = (_ONE, {"one": vote.response_id}) if len(ids) == 1 else (_SOME, {"some": sorted(ids)})
-    named = _to_vote_on(connection, connection.execute(*asked), vote, request)
+    rows: Iterable[Any] = (
+        map(_Named._make, _ONE.rows(connection, {"one": vote.response_id}))
+        if len(ids) == 1
+        else connection.execute(_SOME, {"some": sorted(ids)})
+    )
+    named = _to_vote_on(connection, rows, vote, request)
     for id in sorted(ids - named.keys()):
         raise UnknownResponse(f"there is no response {id!r} to vote on")
     if vote.slot != "comparison":
@@ -315,7 +328,8 @@ def _check_comparison(vote: Vote, among: tuple[str, ...]) -> None:
 
 
 def _check_limit(connection: Connection, vote: Vote, most: int, seconds: float) -> None:
-    oldest = connection.execute(_OLDEST, {"whose": vote.user, "place": most - 1}).scalar()
+    found = _OLDEST.rows(connection, {"whose": vote.user, "place": most - 1, "rows": 1})
+    oldest = found[0][0] if found else None
     if oldest is not None and oldest > vote.created - seconds:
         wait = oldest + seconds - vote.created
         raise TooManyVotes(

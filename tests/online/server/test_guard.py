@@ -249,6 +249,16 @@ def test_an_idempotency_key_is_honoured(live: Live) -> None:
     assert vote(live, KEY, {"Idempotency-Key": "k" * 256}, response_id=shown).status_code == 422
 
 
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"null", b"[" * 100_000, b'{"value": NaN}', b"\xff\xfe", b"{}"]
+)
+def test_bodies_that_are_no_vote_are_refused(live: Live, body: bytes) -> None:
+    with live.http() as http:
+        answer = http.post("/v1/feedback", content=body, headers={"Content-Type": "application/json"})
+        assert (answer.status_code, bool(answer.json()["error"]["message"])) == (422, True)
+        assert http.get("/v1/feedback").status_code == 405
+
+
 def test_a_comment_is_kept_as_text(live: Live) -> None:
     shown, comment = ask(live)["response_id"], "<script>alert(1)</script>"
     assert vote(live, KEY, response_id=shown, comment=comment).status_code == 200

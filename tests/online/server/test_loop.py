@@ -25,6 +25,7 @@ from online.server.serving import (
 
 from alignfast.online.feedback import Shown, Vote
 from alignfast.online.server.versions import weights_hash
+from alignfast.online.store import Store
 
 CHAT: dict[str, Any] = {
     "model": "tiny",
@@ -326,3 +327,28 @@ def test_what_is_old_expires(live: Live) -> None:
     live.watch.retention_days = 30
     until(lambda: live.store.shown("old") is None, 5)
     assert live.store.shown(kept) is not None
+
+
+# --- both databases ---
+
+
+def test_a_duel_on_either_database_as_another_machine_sees_it(url: str, folders: dict[str, Path]) -> None:
+    """Answers, votes, a canary and its promotion, by a server and a learner that share the database alone."""
+    learner = Store.open(url)
+    for name in ("p1", "p2"):
+        learner.versions.add(name, "policy", str(folders[name]), weights_hash(folders[name]))
+    learner.versions.promote("p1")
+    key, _ = learner.keys.make("ann")
+    with Store.open(url) as store, listening(make_service(store=store)) as live:
+        learner.versions.set_canary("p2", 1.0)
+        until(lambda: live.service.runner.canary, 10)
+        told = chat(live, key, **PAIR).json()
+        answers = [one["response_id"] for one in told["alignfast"]["answers"]]
+        vote = {"response_id": answers[0], "kind": "pair", "value": {"than": answers[1], "verdict": "tie"}}
+        with live.http(key) as http:
+            assert http.post("/v1/feedback", json=vote).status_code == 200
+        assert [(one.user, one.wins) for one in learner.duels("p2")] == [("ann", 0.5)]
+        learner.versions.promote("p2")
+        until(lambda: chat(live, key).json()["alignfast"]["version"] == "p2", 10)
+        assert [judged.answer.id for judged in learner.judged(learner.votes())] == [answers[0]]
+    learner.close()
