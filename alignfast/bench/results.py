@@ -130,8 +130,8 @@ def run_of(report: Mapping[str, Any]) -> Run:
 
 
 def _row(bench: Mapping[str, Any]) -> Row:
-    info, stats = dict[str, Any](bench["extra_info"]), dict[str, float](bench["stats"])
-    times: tuple[float, float, float, float]
+    info, stats = dict(bench["extra_info"]), bench["stats"]
+    times: tuple[Any, ...]
     device = info.get("device") or {}
     if "step_s_median" in info:  # a whole training: its steps were timed one by one
         steps = info["step_s_median"]
