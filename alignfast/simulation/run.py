@@ -92,7 +92,12 @@ class Phase:
     seconds: tuple[float, float]
 
 
-def simulate(config: SimulationConfig, say: Callable[[str], None] = print) -> list[Phase]:
+def tell(line: str) -> None:
+    """Print it at once, into a file too: rounds take their time."""
+    print(line, flush=True)
+
+
+def simulate(config: SimulationConfig, say: Callable[[str], None] = tell) -> list[Phase]:
     """Run it; the figures are left in `simulation.json` under the output folder, and drawn in `simulation.png`.
 
     Raises:
