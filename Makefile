@@ -28,8 +28,7 @@ check: lint test wheel
 
 bench: $(BUILT)
 	$(RUN) -m pip install -q -c constraints.txt -e ".[bench]" --no-build-isolation
-	mkdir -p build/bench
-	$(RUN) -m pytest -q benches -o python_files="bench_*.py" -o python_functions="bench_*" --benchmark-json build/bench/results.json
+	$(VENV)/bin/alignfast bench --suite full --output build/bench
 
 lint: $(BUILT)
 	$(RUN) -m pip install -q -c constraints.txt ruff mypy types-PyYAML

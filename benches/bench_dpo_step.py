@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 import sides
+import torch
 from harness import need, sizes
 from sides import AS_IT_COMES
 
 STEPS = sizes(20, 2)
-SAME_LOSS = 1e-4
+SAME_LOSS, SAME_LOSS_BF16 = 1e-4, 2e-2
+SHAPES = ["0.5b"] if torch.cuda.is_available() else ["135m", "tiny", "long"]
 _RESULTS: dict[tuple[str, str, str], dict[str, Any]] = {}
 
 
@@ -35,9 +37,12 @@ def run(provider: str, shape: str, allocator: str, folder: Path) -> dict[str, An
 # The sides of a row run one after the other: pytest varies the topmost parameter first.
 @pytest.mark.parametrize("provider", [AS_IT_COMES, "alignfast", "trl"])
 @pytest.mark.parametrize("allocator", ["installed", "tuned"])
-@pytest.mark.parametrize("shape", ["135m", "tiny", "long"])
+@pytest.mark.parametrize("shape", SHAPES)
 def bench_dpo_step(benchmark, provider: str, allocator: str, shape: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    need("trl")
+    if provider == "trl":
+        need("trl")
+    if torch.cuda.is_available() and (allocator == "tuned" or provider == AS_IT_COMES):
+        pytest.skip("malloc has no part in a step on a GPU")
     if provider == AS_IT_COMES and allocator == "tuned":
         pytest.skip("the environment does already what keep_cpu_memory does")
     if shape == "135m":
@@ -59,4 +64,4 @@ def bench_dpo_step(benchmark, provider: str, allocator: str, shape: str, tmp_pat
     if provider == "trl" and peer is not None:
         worst = max(abs(x - y) for x, y in zip(peer["losses"], result["losses"], strict=True))
         benchmark.extra_info["loss_difference"] = worst
-        assert worst <= SAME_LOSS
+        assert worst <= (SAME_LOSS_BF16 if shape == "0.5b" else SAME_LOSS)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from alignfast.kernels import kl_divergence, kl_penalty, report
 
-TOKENS = sizes([2048, 65_536, 1 << 20], [16])
-LOGITS = sizes([(512, 32_000), (128, 128_256)], [(4, 33)])
+TOKENS = sizes([2048, 65_536, 1 << 20], [16], [65_536])
+LOGITS = sizes([(512, 32_000), (128, 128_256)], [(4, 33)], [(128, 32_000)])
 PENALTIES = ("k1", "k3")
 DIVERGENCES = ("forward", "reverse", "js")
 Call = Callable[[Tensor, Tensor], Tensor]
@@ -101,7 +101,7 @@ def bench_kl_penalty(benchmark, name: str, kind: str, T: int, with_gradient: boo
     run = (lambda: gradient(call, logps_T, ref_T)) if with_gradient else (lambda: call(logps_T, ref_T))
     measure(
         benchmark, run, provider=name, shape=str(T), error=error, allowed_error=allowed,
-        moved_bytes=(24 if with_gradient else 12) * T, rounds=50,
+        moved_bytes=(24 if with_gradient else 12) * T, flops=4 * T, rounds=50,
     )  # fmt: skip
 
 
@@ -117,4 +117,7 @@ def bench_kl_divergence(benchmark, name: str, kind: str, T: int, V: int, with_gr
     nbytes = (
         {"moved_bytes": 5.0 * logits_TV.nbytes} if with_gradient else {"read_bytes": 2.0 * logits_TV.nbytes}
     )
-    measure(benchmark, run, provider=name, shape=f"{T} x {V}", error=error, allowed_error=allowed, **nbytes)
+    measure(
+        benchmark, run, provider=name, shape=f"{T} x {V}", error=error, allowed_error=allowed,
+        flops=(14 if with_gradient else 8) * logits_TV.numel(), **nbytes,
+    )  # fmt: skip

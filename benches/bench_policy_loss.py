@@ -20,7 +20,7 @@ from alignfast.kernels import policy_loss, report
 
 OURS = [f"alignfast {name}" for name, state in report()["policy_loss"].items() if state == "available"]
 PROVIDERS = [*OURS, "eager", "compile"]
-SHAPES = sizes([(32, 64), (64, 1024), (512, 2048)], [(2, 8)])
+SHAPES = sizes([(32, 64), (64, 1024), (512, 2048)], [(2, 8)], [(64, 1024)])
 EPSILON = 0.2
 CASES: dict[str, dict[str, Any]] = {
     "dapo": {"loss_type": "dapo"},
@@ -113,5 +113,6 @@ def bench_forward_backward(benchmark, name: str, case: str, S: int, L: int) -> N
     measure(
         benchmark, lambda: gradient(call, tensors, S), provider=name, shape=f"{S} x {L}", error=error,
         allowed_error=float("inf") if name == "compile" else allowed,
-        moved_bytes=(24 if CASES[case].get("beta") else 20) * S * L, rounds=100,
+        moved_bytes=(24 if CASES[case].get("beta") else 20) * S * L,
+        flops=15 * S * L, rounds=100,
     )  # fmt: skip

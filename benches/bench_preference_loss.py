@@ -10,14 +10,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import compiled, device, measure, relative_error
+from harness import compiled, device, measure, relative_error, sizes
 from torch import Tensor
 
 from alignfast.kernels import packed_preference_loss, report
 
 OURS = [name for name, state in report()["preference_loss"].items() if state == "available"]
 PROVIDERS = [*(f"alignfast {name}" for name in OURS), "eager", "compile"]
-SHAPES = [(8, 64), (64, 512)]
+SHAPES = sizes([(8, 64), (64, 512)], [(2, 3)], [(8, 64)])
 
 
 def eager(logps_P: Tensor, offsets_M: Tensor, ref_chosen_N: Tensor, ref_rejected_N: Tensor) -> Tensor:
@@ -52,5 +52,5 @@ def bench_forward_backward(benchmark, name: str, N: int, L: int) -> None:  # typ
     allowed = 2 * relative_error(plain_P, gold_P) + 2 * torch.finfo(torch.float32).eps
     measure(
         benchmark, step, provider=name, shape=f"{N} pairs x {L} tokens", error=relative_error(step(), gold_P),
-        allowed_error=allowed, moved_bytes=2 * logps_P.nbytes, rounds=200,
+        allowed_error=allowed, moved_bytes=2 * logps_P.nbytes, flops=2 * len(logps_P), rounds=200,
     )  # fmt: skip

@@ -1,6 +1,7 @@
-"""Log-prob of each target from logits in memory: ours by backend, eager torch, torch.compile, TRL, Liger.
+"""Log-prob of each target from logits in memory: ours by backend, eager torch, torch.compile, TRL, Liger, QuACK.
 
-Floor: forward reads the logits once; backward reads them again and writes their gradient.
+Floor: forward reads the logits once; backward reads them again and writes their gradient. FLOPs: 4 a logit forward (with the
+exponential as one), 6 with the entropy, 8 forward and backward.
 Letters: T tokens, V vocabulary.
 """
 
@@ -10,18 +11,24 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from harness import compiled, device, measure, need, relative_error
+from harness import compiled, device, measure, need, need_gpu, relative_error, sizes
 from torch import Tensor
 
 from alignfast.kernels import report, token_logps
 from alignfast.kernels._backend import resolve
 from alignfast.kernels.token_logps import row_options
 
-SHAPES = [(2048, 32_000), (512, 128_256)] if not torch.cuda.is_available() else [(8192, 128_256)]
-DTYPES = [torch.float32, torch.bfloat16]
+SHAPES = (
+    sizes([(2048, 32_000), (512, 128_256)], [(8, 99)], [(512, 32_000)])
+    if not torch.cuda.is_available()
+    else sizes([(8192, 128_256), (8192, 151_936), (4096, 256_000)], [(64, 1024)], [(8192, 32_000)])
+)
+DTYPES = sizes([torch.float32, torch.bfloat16], [torch.float32], [torch.float32])
+if torch.cuda.is_available():
+    DTYPES = [torch.bfloat16, torch.float32][: sizes(2, 1, 1)]
 OURS = [f"alignfast {name}" for name, state in report()["token_logps"].items() if state == "available"]
-PROVIDERS = [*OURS, "eager", "compile", "trl", "liger"]
-PEERS = ("trl", "liger", "compile")  # shown with whatever error they have
+PROVIDERS = [*OURS, "eager", "compile", "trl", "liger", "quack"]
+PEERS = ("trl", "liger", "compile", "quack")  # shown with whatever error they have
 Call = Callable[[Tensor, Tensor, bool], tuple[Tensor, ...]]
 
 
@@ -49,11 +56,23 @@ def provider(name: str) -> Call:
             else (utils.selective_log_softmax(logits_TV, targets_T),)
         )
     if name == "liger":
-        liger = need("liger_kernel.transformers.functional")
+        need_gpu("Liger's kernel")
+        liger = need("liger_kernel.ops.grpo_loss")
+        # of the rows but the last of each sequence
         return lambda logits_TV, targets_T, entropy: (
             pytest.skip("Liger has no entropy here")
             if entropy
-            else (liger.liger_selective_log_softmax(logits_TV[None], targets_T[None])[0],)
+            else (
+                liger.fused_selective_log_softmax(logits_TV[None], targets_T[None, :-1].contiguous(), 1.0)[0],
+            )
+        )
+    if name == "quack":
+        need_gpu("QuACK")
+        quack = need("quack.cross_entropy", "quack-kernels")
+        return lambda logits_TV, targets_T, entropy: (
+            pytest.skip("QuACK has no entropy")
+            if entropy
+            else (-quack.cross_entropy(logits_TV, targets_T, reduction="none"),)
         )
     return compiled(eager) if name == "compile" else eager
 
@@ -70,7 +89,9 @@ def errors(name: str, dtype: torch.dtype, entropy: bool) -> tuple[float, float]:
     gold = eager(logits_TV.double(), targets_T, entropy)
     got = provider(name)(logits_TV, targets_T, entropy)
     plain = eager(logits_TV, targets_T, entropy)
-    found, allowed = (max(relative_error(x_T, y_T) for x_T, y_T in zip(x, gold)) for x in (got, plain))
+    found, allowed = (
+        max(relative_error(x_T, y_T[: len(x_T)]) for x_T, y_T in zip(x, gold)) for x in (got, plain)
+    )
     return found, 2 * allowed + 2 * torch.finfo(torch.float32).eps
 
 
@@ -103,6 +124,7 @@ def bench_forward(benchmark, name: str, T: int, V: int, dtype: torch.dtype, entr
         measure(
             benchmark, lambda: call(logits_TV, targets_T, entropy), provider=name, shape=f"{T} x {V} {dtype}"[:40],
             error=error, allowed_error=allowed, read_bytes=logits_TV.nbytes,
+            flops=(6 if entropy else 4) * logits_TV.numel(),
         )  # fmt: skip
 
 
@@ -122,6 +144,7 @@ def bench_forward_backward(benchmark, name: str, T: int, V: int, dtype: torch.dt
     measure(
         benchmark, step, provider=name, shape=f"{T} x {V} {dtype}"[:40], error=error,
         allowed_error=float("inf") if name in PEERS else allowed, moved_bytes=3 * logits_TV.nbytes,
+        flops=8 * logits_TV.numel(),
     )  # fmt: skip
 
 
@@ -144,5 +167,5 @@ def bench_forward_backward_reused(benchmark, name: str, T: int, V: int, dtype: t
     error, allowed = gradient_errors(provider(name), dtype)
     measure(
         benchmark, step, provider=name, shape=f"{T} x {V} {dtype}"[:40], error=error, allowed_error=allowed,
-        moved_bytes=3 * logits_TV.nbytes,
+        moved_bytes=3 * logits_TV.nbytes, flops=8 * logits_TV.numel(),
     )  # fmt: skip

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import sizes
+from harness import sizes, synchronise
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
@@ -32,8 +32,8 @@ class Work:
 
 
 WORKS = sizes(
-    {"tiny": Work(128, 64, 8), "long": Work(2048, 64, 2), "135m": Work(0, 0, 2)},
-    {"tiny": Work(9, 5, 2), "long": Work(40, 5, 2), "135m": Work(0, 0, 2)},
+    {"tiny": Work(128, 64, 8), "long": Work(2048, 64, 2), "135m": Work(0, 0, 2), "0.5b": Work(512, 256, 16)},
+    {"tiny": Work(9, 5, 2), "long": Work(40, 5, 2), "135m": Work(0, 0, 2), "0.5b": Work(9, 5, 2)},
 )
 TINY = {
     "vocab_size": 32_000,
@@ -44,6 +44,25 @@ TINY = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 4096,
 }
+
+# Qwen2.5-0.5B's sizes with random weights, for a GPU; tokens of texts are those of the tiny model's vocabulary
+HALF = sizes(
+    {
+        "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+        "num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 4096, "tie_word_embeddings": True,
+    },
+    {**TINY, "num_hidden_layers": 2, "tie_word_embeddings": True},
+)  # fmt: skip
+
+
+def config_of(shape: str) -> dict[str, Any]:
+    """Sizes of the model of a shape that has random weights."""
+    return HALF if shape == "0.5b" else TINY
+
+
+def dtype_of(shape: str) -> torch.dtype:
+    """The 0.5B model trains in bfloat16 throughout, on both sides; the small ones in float32."""
+    return torch.bfloat16 if shape == "0.5b" and torch.cuda.is_available() else torch.float32
 
 
 def model_and_tokenizer(shape: str) -> tuple[Any, Any]:
@@ -61,8 +80,10 @@ def model_and_tokenizer(shape: str) -> tuple[Any, Any]:
     backend = Backend(WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = WhitespaceSplit()
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**TINY, eos_token_id=31_998, pad_token_id=31_999))
-    return model, Tokenizer(tokenizer_object=backend, eos_token="<eos>", pad_token="<unk>")
+    model = LlamaForCausalLM(LlamaConfig(**config_of(shape), eos_token_id=31_998, pad_token_id=31_999))
+    return model.to(dtype_of(shape)), Tokenizer(
+        tokenizer_object=backend, eos_token="<eos>", pad_token="<unk>"
+    )
 
 
 def rows(shape: str, count: int) -> list[dict[str, str]]:
@@ -95,9 +116,11 @@ class Clock(TrainerCallback):
         self.cpu: list[float] = []
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        synchronise()
         self._start = (time.perf_counter(), time.process_time())
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        synchronise()
         self.wall.append(time.perf_counter() - self._start[0])
         self.cpu.append(time.process_time() - self._start[1])
 
@@ -145,6 +168,13 @@ def train(provider: str, shape: str, steps: int, output: str, **options: Any) ->
     return [row["loss"] for row in map(json.loads, lines) if "loss" in row], clock
 
 
+def peak_mib() -> float:
+    """Most memory of the device that tensors held; of the whole process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def _copy(shape: str) -> Any:
     """TRL would load its reference by name, which a model made in memory has not."""
     return model_and_tokenizer(shape)[0]
@@ -162,7 +192,7 @@ def main() -> None:
         {"keep_cpu_memory": arguments.keep_cpu_memory == "yes"} if arguments.provider == "alignfast" else {}
     )
     losses, clock = train(arguments.provider, arguments.shape, arguments.steps, arguments.output, **options)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_mib()
     print(json.dumps({"losses": losses, "wall": clock.wall, "cpu": clock.cpu, "peak_mib": peak}))
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dpo_step import TINY, Clock
+from dpo_step import TINY, Clock, config_of, dtype_of, peak_mib
 from harness import sizes
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Tokenizer
@@ -42,25 +41,32 @@ class Work:
 
 _TINY, _LONG = Work(4, 128, 64), Work(1, 2048, 64)
 WORKS = sizes(
-    {"tiny": _TINY, "tiny with KL": replace(_TINY, beta=0.04), "long": _LONG},
-    {"tiny": Work(2, 9, 5), "tiny with KL": Work(2, 9, 5, 0.04), "long": Work(1, 40, 5)},
+    {"tiny": _TINY, "tiny with KL": replace(_TINY, beta=0.04), "long": _LONG, "0.5b": Work(8, 512, 256)},
+    {
+        "tiny": Work(2, 9, 5),
+        "tiny with KL": Work(2, 9, 5, 0.04),
+        "long": Work(1, 40, 5),
+        "0.5b": Work(2, 9, 5),
+    },
 )
 
 
-def save_model(folder: Path) -> None:
-    """A Llama of 4 layers with a tokenizer of one word a token, on the disk: TRL reads its reference from there."""
+def save_model(folder: Path, shape: str = "tiny") -> None:
+    """The Llama of a shape with a tokenizer of one word a token, on the disk: TRL reads its reference from there."""
     from tokenizers import Tokenizer as Backend
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
 
-    words = {f"w{i}": i for i in range(END - 1)} | {"<unk>": END - 1, "<eos>": END}
+    end = config_of(shape)["vocab_size"]  # one past what the model can draw; END where it is small
+    words = {f"w{i}": i for i in range(end - 1)} | {"<unk>": end - 1, "<eos>": end}
     backend = Backend(WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = WhitespaceSplit()
     tokenizer = Tokenizer(tokenizer_object=backend, eos_token="<eos>", pad_token="<unk>", padding_side="left")
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**TINY, bos_token_id=None, eos_token_id=None, pad_token_id=END - 1))
-    model.generation_config = GenerationConfig(pad_token_id=END - 1)
-    model.save_pretrained(folder)
+    sizes_of = LlamaConfig(**config_of(shape), bos_token_id=None, eos_token_id=None, pad_token_id=end - 1)
+    model = LlamaForCausalLM(sizes_of)
+    model.generation_config = GenerationConfig(pad_token_id=end - 1)
+    model.to(dtype_of(shape)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -120,7 +126,7 @@ def train_trl(work: Work, steps: int, output: str, replays: bool) -> tuple[list[
         return {"prompt_ids": prompt_ids, "completion_ids": answers, "logprobs": nothing}
 
     trainer = GRPOTrainer(
-        AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32), reward,
+        AutoModelForCausalLM.from_pretrained(output, dtype="auto"), reward,
         args=GRPOConfig(**options(work, steps, output), shuffle_dataset=False),
         train_dataset=Dataset.from_list(rows(work, work.prompts * steps)), processing_class=tokenizer,
         callbacks=[clock], rollout_func=replay if replays else None,
@@ -229,7 +235,7 @@ def main() -> None:
     parser.add_argument("--keep-cpu-memory", choices=["yes", "no"], default="yes")
     parser.add_argument("--replay", choices=["yes", "no"], default="no")
     arguments = parser.parse_args()
-    save_model(Path(arguments.output))
+    save_model(Path(arguments.output), arguments.shape)
     common = (WORKS[arguments.shape], arguments.steps, arguments.output, arguments.replay == "yes")
     if arguments.provider == "trl":
         logged, clock = train_trl(*common)
@@ -237,10 +243,8 @@ def main() -> None:
     else:
         logged, clock = train_ours(*common, keep_cpu_memory=arguments.keep_cpu_memory == "yes")
         parts = [clock.of_step(i, row) for i, row in enumerate(logged)]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(
-        json.dumps({"wall": clock.wall, "cpu": clock.cpu, "peak_mib": peak, "logged": logged, "parts": parts})
-    )
+    figures = {"wall": clock.wall, "cpu": clock.cpu, "peak_mib": peak_mib(), "logged": logged, "parts": parts}
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def patch_trl(*, layout: str = "shared", backend: str = "auto", strict: bool = F
 
     Raises:
         ImportError: TRL is not installed.
-        RuntimeError: it is of another version.
+        RuntimeError: it is of another version, or lacks something that is to be replaced, which is named.
         ValueError: the layout is unknown.
     """
     global _options
@@ -111,14 +111,30 @@ def patch_trl(*, layout: str = "shared", backend: str = "auto", strict: bool = F
     _said.clear()
     if _originals:
         return
-    for stem, name in TRAINERS.items():
+    for owner, name, wrapper in _targets(trl.__version__):
+        _replace(owner, name, wrapper(getattr(owner, name)))
+
+
+def _targets(version: str) -> list[tuple[Any, str, Callable[..., Any]]]:
+    """(where, name, what wraps it) of all that is replaced; found before anything is, so that it is all or nothing."""
+    found: list[tuple[Any, str, Callable[..., Any]]] = []
+    for stem, trainer in TRAINERS.items():
         module = import_module(f"trl.trainer.{stem}_trainer")
-        trainer = getattr(module, name)
-        _replace(trainer, "training_step", _training_step(trainer.training_step))
-        if stem == "reward":
-            _replace(trainer, "__init__", _reward_init(trainer.__init__))
-        else:
-            _replace(module, "add_fused_lm_head", _add_fused_lm_head(module.add_fused_lm_head))
+        owner = getattr(module, trainer, None)
+        found.append((owner, "training_step", _training_step))
+        found.append(
+            (owner, "__init__", _reward_init)
+            if stem == "reward"
+            else (module, "add_fused_lm_head", _add_fused_lm_head)
+        )
+        for where, name, _ in found[-2:]:
+            if where is None or name not in vars(where):
+                place = f"{module.__name__}{'' if where is module else f'.{trainer}'}"
+                raise RuntimeError(
+                    f"TRL {version} has no {place}.{name}, which patch_trl replaces, so nothing is patched: install another "
+                    f"TRL {VERSION}, or use alignfast's own {trainer}, which takes the same options"
+                )
+    return found
 
 
 def unpatch_trl() -> None:
@@ -173,12 +189,9 @@ def _add_fused_lm_head(original: Callable[..., None]) -> Callable[..., None]:
                 with _or_theirs(options):
                     if args:
                         raise NotServed("arguments without a name")
-                    batch_options: dict[str, Any] = {
-                        "temperature": temperature,
-                        "wide": cast_lm_head_to_fp32,
-                        "outputs": outputs,
-                    }
-                    return _token_outputs(self, options, labels, kwargs, **batch_options)
+                    return _token_outputs(
+                        self, options, labels, kwargs, temperature=temperature, wide=cast_lm_head_to_fp32, outputs=outputs
+                    )  # fmt: skip
             return theirs(*args, fused_lm_head=True, labels=labels, **kwargs)
 
         model.forward = types.MethodType(forward, model)

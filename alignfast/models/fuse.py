@@ -56,7 +56,7 @@ def fuse(model: Model, *, backend: str = "auto") -> Model:
     >>> output.loss.shape, output.logits
     (torch.Size([]), None)
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base(model)
     if "forward" in vars(base):
         raise ModelRefused(
             f"{type(base).__name__} has a forward of its own already (fused, or wrapped by another library); undo that, or "
@@ -93,11 +93,16 @@ def unfuse(model: Model) -> Model:
     Raises:
         ValueError: it is not fused.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base(model)
     if not getattr(vars(base).get("forward"), _MARK, False):
         raise ValueError(f"{type(base).__name__} is not fused")
     del base.forward
     return model
+
+
+def _base(model: Any) -> Any:
+    """The model that PEFT wraps, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _with_loss(
@@ -126,7 +131,7 @@ def _with_loss(
         trunk.last_hidden_state.flatten(0, 1),
         shift_labels.flatten().to(trunk.last_hidden_state.device),
     )
-    loss = _nll(model, hidden_TD, target_T, num_items, backend)
+    loss: Any = _nll(model, hidden_TD, target_T, num_items, backend)
     fields = {
         "past_key_values": trunk.get("past_key_values"), "hidden_states": trunk.get("hidden_states"),
         "attentions": trunk.get("attentions"),

@@ -252,6 +252,18 @@ def test_another_version_and_another_layout_are_refused(monkeypatch: Any) -> Non
     assert not patch._originals
 
 
+@pytest.mark.parametrize(("stem", "name"), [("kto", "add_fused_lm_head"), ("reward", "RewardTrainer")])
+def test_what_a_version_lacks_is_named_and_nothing_is_patched(stem: str, name: str, monkeypatch: Any) -> None:
+    from trl.trainer import sft_trainer
+
+    before = sft_trainer.add_fused_lm_head
+    monkeypatch.delattr(f"trl.trainer.{stem}_trainer.{name}")
+    with pytest.raises(RuntimeError, match=rf"no trl\.trainer\.{stem}_trainer\.{name}.*nothing is patched"):
+        alignfast.patch_trl()
+    assert sft_trainer.add_fused_lm_head is before
+    assert not patch._originals
+
+
 def test_padded_batches_as_trees() -> None:
     inputs = padded()
     found = spans(inputs["attention_mask"], None, inputs["input_ids"].shape)

@@ -54,7 +54,7 @@ def test_people_talk_vote_and_meet_the_next_version(tmp_path: Path) -> None:
     said: list[str] = []
     config = SimulationConfig(
         output_dir=str(tmp_path),
-        rounds=2,
+        rounds=1,
         people=10,
         visits=20,
         drift=1,

@@ -46,7 +46,7 @@ class OnlineConfig:
     kinds: list[str] = field(default_factory=lambda: [kind for kind in KINDS if kind != "implicit"])
     """Kinds of votes that are learned from. Hints (`implicit`) are left out unless named."""
     votes_per_user: int | None = 100
-    """Of each voter the newest so many in a round, >= 1; the others count as seen. All anonymous voters are one. None: all."""
+    """Of each voter the first so many in a round, >= 1; the others count as seen. All anonymous voters are one. None: all."""
     held_out: float = 0.2
     """Share of the voters, in [0, 1), whose votes are never trained on but measured with."""
     held_out_by: str = "user"
@@ -137,9 +137,15 @@ class OnlineConfig:
             own = [option for option in getattr(self, name) if option in _OWN]
             if own:
                 raise ValueError(f"{name}: {', '.join(own)} is set by the loop itself: leave it out")
-        self.trainer_config(self.folder / "policy")  # tells a wrong option
-        FeedbackConfig(**self.reward_options)
-        GateConfig(**self.gate)
+        for name, make in (  # each tells a wrong option of its own
+            ("policy_options", lambda: self.trainer_config(self.folder)),
+            ("reward_options", lambda: FeedbackConfig(**self.reward_options)),
+            ("gate", lambda: GateConfig(**self.gate)),
+        ):
+            try:
+                make()
+            except TypeError as error:
+                raise ValueError(f"{name}: {error}") from error
 
     def _require(self, holds: bool, name: str, expected: str) -> None:
         if not holds:
@@ -159,7 +165,7 @@ class OnlineConfig:
         """The config of the policy's trainer.
 
         Raises:
-            ValueError, TypeError: an option is wrong.
+            ValueError, TypeError: an option of it is wrong.
         """
         options: dict[str, Any] = {
             "num_train_epochs": 1,

@@ -31,7 +31,7 @@ from alignfast.online.loop.policy import learn_policy
 from alignfast.online.loop.reward import learn_reward
 from alignfast.online.loop.round import STAGES, NothingToLearn, Round
 from alignfast.online.loop.serve import duel, promote, watch
-from alignfast.online.loop.votes import is_held_out, newest_of_each
+from alignfast.online.loop.votes import first_of_each, is_held_out
 from alignfast.online.server.versions import first_version
 from alignfast.online.store import Run, Store, Version
 from alignfast.online.voters import distinct
@@ -218,7 +218,7 @@ class OnlineLoop:
         return {name: age for age, name in enumerate(self.line(serving)) if age <= self.config.max_age}
 
 
-def _collect(loop: OnlineLoop, run: Run, round: Round) -> Step:
+def collect(loop: OnlineLoop, run: Run, round: Round) -> Step:
     """Enough votes, or enough time: then these votes are the round's, whatever comes later."""
     config, before = loop.config, loop.reward_model()
     kinds: Any = config.kinds
@@ -229,7 +229,7 @@ def _collect(loop: OnlineLoop, run: Run, round: Round) -> Step:
         return "wait"
     used = set() if before is None else loop.used(before)
     votes = [vote for vote in loop.store.votes(kinds=kinds) if vote.id not in used]
-    judged, round.beyond = newest_of_each(loop.store.judged(votes), config.votes_per_user)
+    judged, round.beyond = first_of_each(loop.store.judged(votes), config.votes_per_user)
     held = [is_held_out(one, config.held_out, config.held_out_by, config.seed) for one in judged]
     round.votes = [one.vote.id for one, out in zip(judged, held) if not out]
     round.held_out = [one.vote.id for one, out in zip(judged, held) if out]
@@ -260,7 +260,7 @@ def _unless_nothing(
 
 
 _DO: dict[str, Callable[[OnlineLoop, Run, Round], Step]] = {
-    "collect": _collect,
+    "collect": collect,
     "reward": _reward,
     "policy": _policy,
     "evaluate": evaluate_candidate,

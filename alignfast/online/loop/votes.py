@@ -36,8 +36,8 @@ def is_held_out(judged: Judged, share: float, by: str = "user", seed: int = 0) -
     return int.from_bytes(digest[:8], "big") / 2**64 < share
 
 
-def newest_of_each(judged: Sequence[Judged], most: int | None) -> tuple[list[Judged], list[str]]:
-    """The newest votes of each voter, in their order; and the ids of the others.
+def first_of_each(judged: Sequence[Judged], most: int | None) -> tuple[list[Judged], list[str]]:
+    """The first votes of each voter; and the ids of the others: what comes later takes nothing away.
 
     Args:
         judged: in the order in which they came.
@@ -47,14 +47,14 @@ def newest_of_each(judged: Sequence[Judged], most: int | None) -> tuple[list[Jud
         return list(judged), []
     counts: Counter[str] = Counter()
     kept, beyond = [], []
-    for one in reversed(judged):
+    for one in judged:
         voter = voter_of(one.vote.user)
         counts[voter] += 1
         if counts[voter] <= most:
             kept.append(one)
         else:
             beyond.append(one.vote.id)
-    return kept[::-1], beyond[::-1]
+    return kept, beyond
 
 
 def prompt_key(shown: Shown) -> str:

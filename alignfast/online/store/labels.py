@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, and_, exists, func, insert, or_, select, update
 
-from alignfast.data.intervals import Interval, proportion
 from alignfast.online.feedback import Prompt, storable
 from alignfast.online.store.records import present, to_vote
 from alignfast.online.store.tables import feedback, label_assignments, label_items, responses
 from alignfast.online.voters import Agreement, agreement, judgements
 
 if TYPE_CHECKING:
+    from alignfast.data.intervals import Interval
     from alignfast.online.store.store import Store
 
 _OPEN_SECONDS = 86_400.0  # until an item that was handed out and not ranked goes to another annotator
@@ -213,6 +213,8 @@ class Labels:
 
     def stats(self, overlap: int) -> LabelStats:
         """How far the queue is, and how far its annotators agree."""
+        from alignfast.data.intervals import proportion  # imports torch: a rollback does without
+
         statement = (
             select(feedback)
             .join(label_items, feedback.c.target == "group:" + label_items.c.group_id)

@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from online.loop.filled import FAST, LIKED, ask, make_start, serve_start, vote
 
+from alignfast.cli import main
 from alignfast.online.feedback import Judged, Shown, Vote
 from alignfast.online.learning.gate import Decision
 from alignfast.online.loop import OnlineConfig, OnlineLoop, Round
 from alignfast.online.loop import gate as loop_gate
 from alignfast.online.loop.evaluate import check_judge
 from alignfast.online.loop.folders import read_manifest
-from alignfast.online.loop.votes import newest_of_each
+from alignfast.online.loop.loop import collect
+from alignfast.online.loop.votes import first_of_each
 from alignfast.online.server.versions import weights_hash
 from alignfast.online.store import Store
 
@@ -147,6 +150,25 @@ def test_a_round_waits_for_votes(store: Store, tmp_path: Path, start: Path) -> N
         loop.run(once=True)
 
 
+def test_what_a_round_collects(store: Store, tmp_path: Path, start: Path) -> None:
+    """After max_wait any number will do; nobody has more than they may, and the rest counts as seen."""
+    serve_start(store, start)
+    votes = vote(store, ask(store, 12))  # of ten users, two a group
+    loop = make_loop(store, tmp_path, min_votes=100, max_wait=1e-9, votes_per_user=2, held_out=0.5)
+    run = store.runs.start("collect")
+    round = Round(1, "start")
+    assert collect(loop, run, round) == "next"
+    assert len(round.beyond) == 4
+    assert sorted([*round.votes, *round.held_out, *round.beyond]) == sorted(one.id for one in votes)
+    sides = [{one.vote.user for one in loop.judged(ids)} for ids in (round.votes, round.held_out)]
+    assert all(sides)
+    assert not sides[0] & sides[1]
+    # another seed holds others out
+    again = Round(1, "start")
+    collect(make_loop(store, tmp_path, max_wait=1e-9, held_out=0.5, seed=1), run, again)
+    assert {*again.held_out} != {*round.held_out}
+
+
 def test_votes_without_a_row_for_the_method_end_the_round(store: Store, tmp_path: Path, start: Path) -> None:
     serve_start(store, start)
     groups = ask(store, 6)
@@ -166,10 +188,28 @@ def test_a_voter_has_so_many_votes_in_a_round() -> None:
         Judged(Vote(response_id="a", kind="thumb", value="up", user=user, id=str(i)), (shown,))
         for i, user in enumerate(users)
     ]
-    kept, beyond = newest_of_each(votes, 1)
-    assert [one.vote.id for one in kept] == ["3", "4"]
-    assert beyond == ["0", "1", "2"]
-    assert newest_of_each(votes, None) == (votes, [])
+    kept, beyond = first_of_each(votes, 1)
+    assert [one.vote.id for one in kept] == ["0", "1"]
+    assert beyond == ["2", "3", "4"]
+    assert first_of_each(votes, None) == (votes, [])
+
+
+def test_options_come_from_a_file(
+    store: Store, tmp_path: Path, start: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serve_start(store, start)
+    vote(store, ask(store, 2))
+    options = {
+        "db": f"sqlite:///{tmp_path}/feedback.db", "output_dir": str(tmp_path / "versions"), "method": "grpo",
+        "min_votes": 100, "max_wait": 3600, "kinds": ["thumb", "ranking"], "policy_options": {"num_generations": 4},
+        "gate": {"max_kl": 0.5}, "task_suites": {"lower": "online.loop.test_loop:all_lower"},
+    }  # fmt: skip
+    file = tmp_path / "loop.yaml"
+    file.write_text(yaml.safe_dump(options))
+    assert main(["online", "--config", str(file), "--once"]) == 0
+    assert "round 1: 4 of 100 votes" in capsys.readouterr().out
+    assert main(["online", "--config", str(file), "--once", "--method", "ppo"]) == 1
+    assert "num_generations" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

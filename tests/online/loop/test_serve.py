@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -151,3 +153,10 @@ def test_commands(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["online", "roll", "--db", db]) == 2
     assert main(["online", "--method", "sft"]) == 1
     assert "method must be one of grpo, ppo, dpo, kto, got 'sft'" in capsys.readouterr().err
+
+
+def test_a_rollback_waits_for_no_import_of_torch() -> None:
+    """It takes most of the seconds that a process begins with."""
+    script = "import sys, alignfast.commands.online, alignfast.online.store; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

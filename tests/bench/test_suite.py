@@ -1,0 +1,73 @@
+"""`alignfast bench` end to end at the smallest sizes, and what it does where a kernel is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from alignfast.bench import suite
+from alignfast.cli import main
+
+
+def test_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Only the providers asked for; who is missing is named with the reason; pytest-benchmark's own options go through."""
+    out, own = tmp_path / "out", tmp_path / "own.json"
+    words = ["gae", "--suite", "smoke", "--providers", "torch,verl", "--output", str(out)]
+    assert main(["bench", *words, f"--benchmark-json={own}"]) == 0
+    report = json.loads((out / "results.json").read_text())
+    assert {row["extra_info"]["provider"] for row in report["benchmarks"]} == {
+        "alignfast torch",
+        "alignfast torch, out=",
+    }
+    row = report["benchmarks"][0]["extra_info"]
+    assert row["error"] < 1e-5
+    assert row["peak_bytes"] > 0
+    assert 0 < row["share"] < 1
+    (left_out,) = report["left_out"]
+    assert (left_out["provider"], left_out["outcome"]) == ("verl", "skipped")
+    assert "pip install verl" in left_out["reason"]
+    assert (out / "index.html").exists()
+    assert json.loads(own.read_text())["benchmarks"]
+    assert report["machine_info"]["limits"]["copy_gb_s"] > 0
+
+
+def test_no_time_for_a_wrong_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "benches"
+    folder.mkdir()
+    for name in ("harness.py", "conftest.py", "plain.py"):
+        shutil.copy(suite.benches_folder() / name, folder)
+    (folder / "bench_wrong.py").write_text(
+        "import pytest\nfrom harness import measure\n"
+        "@pytest.mark.parametrize('name', ['right', 'wrong'])\n"
+        "def bench_wrong(benchmark, name):\n"
+        "    error = 1e-7 if name == 'right' else 0.3\n"
+        "    measure(benchmark, lambda: sum(range(9)), provider=name, shape='1', error=error, allowed_error=1e-6, rounds=2)\n"
+    )
+    monkeypatch.setattr(suite, "benches_folder", lambda: folder)
+    assert main(["bench", "wrong", "--suite", "smoke", "--output", str(tmp_path / "out")]) == 1
+    assert "wrong is wrong by 3.0e-01 where 1.0e-06 is allowed" in capfd.readouterr().err
+    report = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["extra_info"]["provider"] for row in report["benchmarks"]] == ["right"]
+
+
+@pytest.mark.slow
+def test_an_unknown_provider_is_told_the_known(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["gae", "--suite", "smoke", "--providers", "torhc", "--output", str(tmp_path)]
+    assert main(["bench", *words]) == 1
+    assert "no bench here has the provider 'torhc'; there are: alignfast" in capfd.readouterr().err
+
+
+def test_every_bench_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--list"]) == 0
+    listed = capsys.readouterr().out.split()
+    assert {"gae", "growth", "linear_loss", "patch_trl", "rollout"} < set(listed)
+    folder = suite.benches_folder()
+    quick, full = (suite.chosen(folder, [], name) for name in ("quick", "full"))
+    assert {path.stem for path in full} - {path.stem for path in quick} == {
+        f"bench_{name}" for name in ("dpo_step", "grpo_step", "patch_trl", "ppo_step", "rollout")
+    }

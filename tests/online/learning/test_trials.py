@@ -1,0 +1,78 @@
+"""Candidates before gate and canary, in numbers: who is promoted.
+
+A candidate has a share of wins before people, p, and figures as an evaluation finds them: 200 held-out pairs and 64 judged
+answers, which agree with people. 500 voters at most come to the canary, with one to three duels each.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from online.learning.test_sequential import capitals
+
+from alignfast.data.intervals import proportion
+from alignfast.online.learning.gate import GateConfig, gate
+
+SOUND: dict[str, Any] = {
+    "kl": 0.2, "length": 60.0, "length_serving": 60.0, "cut": 0.02, "cut_serving": 0.02, "distinct_2": 0.6,
+    "distinct_2_serving": 0.6, "reward": 0.3, "reward_serving": 0.0, "suites": {},
+}  # fmt: skip
+# What hackers of each kind do to figures, drawn between two values, and how people like it.
+HACKS: dict[str, tuple[dict[str, tuple[float, float]], tuple[float, float]]] = {
+    "reward": ({"reward": (1.0, 4.0), "kl": (0.3, 0.9)}, (0.2, 0.42)),
+    "length": ({"length": (100.0, 200.0), "reward": (0.5, 2.0), "cut": (0.0, 0.2)}, (0.45, 0.55)),
+    "broken": ({"distinct_2": (0.0, 0.25), "kl": (0.5, 6.0), "cut": (0.1, 1.0)}, (0.0, 0.2)),
+}
+
+
+def measured(draw: np.random.Generator, p: float, changed: dict[str, float]) -> dict[str, Any]:
+    """What an evaluation finds of a candidate that wins so often."""
+    pairs, answers = (proportion(draw.random(number) < p)._asdict() for number in (200, 64))
+    return {**SOUND, **changed, "preference": pairs, "win_rate": answers}
+
+
+def canary_passes(draw: np.random.Generator, p: float, voters: int = 500) -> bool:
+    """Whether at any time the interval of wins lies above 1/2, before it lies below."""
+    duels_N = draw.integers(1, 4, voters)
+    wins_N = draw.binomial(duels_N, p) / duels_N
+    enough = math.log(2 / 0.05)
+    above_N = capitals(wins_N[None], 0.5)[0] >= enough
+    below_N = capitals(1 - wins_N[None], 0.5)[0] >= enough
+    first_above, first_below = (int(of.argmax()) if of.any() else voters for of in (above_N, below_N))
+    return first_above < min(first_below, voters)
+
+
+def promoted(draw: np.random.Generator, p: float, **changed: float) -> bool:
+    return gate(measured(draw, p, changed), GateConfig()).accepted and canary_passes(draw, p)
+
+
+def test_identical_candidates_are_seldom_promoted() -> None:
+    draw = np.random.default_rng(0)
+    assert sum(promoted(draw, 0.5, reward=0.0) for _ in range(400)) <= 20  # 5 %
+
+
+def test_candidates_that_are_better_by_ten_points_are_mostly_promoted() -> None:
+    draw = np.random.default_rng(1)
+    assert sum(promoted(draw, 0.6) for _ in range(400)) >= 320  # 80 %
+
+
+@pytest.mark.parametrize("kind", HACKS)
+def test_none_of_twenty_that_are_hacked_is_promoted(kind: str) -> None:
+    draw, (ranges, (least, most)) = np.random.default_rng(2), HACKS[kind]
+    for _ in range(20):
+        p = draw.uniform(least, most)
+        assert not promoted(draw, p, **{name: draw.uniform(*of) for name, of in ranges.items()})
+
+
+def test_the_gate_alone_refuses_most_hacks() -> None:
+    """Before anybody is shown an answer of theirs."""
+    draw = np.random.default_rng(3)
+    for ranges, (least, most) in HACKS.values():
+        refused = 0
+        for _ in range(200):
+            changed = {name: draw.uniform(*of) for name, of in ranges.items()}
+            refused += not gate(measured(draw, draw.uniform(least, most), changed), GateConfig()).accepted
+        assert refused >= 190
