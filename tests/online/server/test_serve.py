@@ -30,11 +30,15 @@ def test_sigterm_ends_no_answer_before_its_time(folder: Path, tmp_path: Path) ->
     db = f"sqlite:///{tmp_path}/feedback.db"
     with Store.open(db) as store:
         key, _ = store.keys.make("ann")
-    server = Server(folder, db, tmp_path / "log", ["--max_tokens", "300"])
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "the cat"}\n{"prompt": "the dog"}\n')
+    options = ["--max_tokens", "300", "--label", str(prompts)]
+    server = Server(folder, db, tmp_path / "log", options)
     try:
         assert "version tiny" in server.said
         assert "a key is needed for every route but /health" in server.said
         assert f"kept in {db}" in server.said
+        assert "2 prompts were put into the queue at /label" in server.said
         assert httpx.get(f"{server.url}/v1/models").status_code == 401
         header = {"Authorization": f"Bearer {key}"}
         with httpx.Client(base_url=server.url, headers=header, timeout=60) as http:
