@@ -70,7 +70,7 @@ def said_of(
         edit_kept: share of an edit's characters that must be the original's, by runs of three, in [0, 1].
         implicit_weight: of a hint, by that of a vote, in [0, 1].
 
-    >>> from alignfast.online.feedback import Vote
+    >>> from alignfast.online.feedback import Shown, Vote
     >>> answer = Shown(id="r", prompt="a", text="b")
     >>> [one.above for one in said_of([Weighed(Judged(Vote(response_id="r", kind="rating", value=4), (answer,)), 1.0)])]
     [(True, True, True, False)]
