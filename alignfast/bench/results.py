@@ -131,7 +131,7 @@ def run_of(report: Mapping[str, Any]) -> Run:
 
 def _row(bench: Mapping[str, Any]) -> Row:
     info, stats = dict(bench["extra_info"]), bench["stats"]
-    times: list[float]  # least, median, low, high
+    times: list[Any]  # least, median, low, high
     device = info.get("device") or {}
     if "step_s_median" in info:  # a whole training: its steps were timed one by one
         steps = info["step_s_median"]
