@@ -18,7 +18,7 @@ import bench_token_logps as logps
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import device, measure, need_memory, sizes
+from harness import device, measure, need_memory, seeded, sizes
 from torch import Tensor
 
 from alignfast.kernels import packed_attention, report
@@ -151,14 +151,14 @@ def bench_attention(  # type: ignore[no-untyped-def]
     benchmark, name: str, axis: str, x: float, shape: attention.Shape
 ) -> None:
     benchmark.group = f"packed_attention forward+backward, {axis}"
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     B, L = len(shape.rows), max(shape.rows)
     packed = name.startswith("alignfast")
     need_memory(20 * (shape.layout.num_tokens if packed else B * L) * shape.H * shape.E)
 
     def fresh(heads: int) -> Tensor:
         size = (shape.layout.num_tokens, heads, shape.E) if packed else (B, heads, L, shape.E)
-        return torch.randn(size, generator=generator).to(device(), attention.DTYPE)
+        return torch.randn(size, generator=generator, device=device()).to(attention.DTYPE)
 
     qkv = [fresh(heads).requires_grad_() for heads in (shape.H, shape.K, shape.K)]
     dout, layout = fresh(shape.H), shape.layout

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import compiled, device, measure, relative_error, sizes
+from harness import compiled, device, measure, relative_error, seeded, sizes
 from torch import Tensor
 
 from alignfast.kernels import kl_divergence, kl_penalty, report
@@ -63,9 +63,9 @@ def provider(op: str, name: str, kind: str) -> Call:
 
 def inputs(*shape: int) -> tuple[Tensor, Tensor]:
     """Numbers of the size of logits, and a reference near by."""
-    generator = torch.Generator().manual_seed(0)
-    x = 3 * torch.randn(shape, generator=generator)
-    return x.to(device()), (x + 0.3 * torch.randn(shape, generator=generator)).to(device())
+    generator = seeded()
+    x = 3 * torch.randn(shape, generator=generator, device=device())
+    return x, x + 0.3 * torch.randn(shape, generator=generator, device=device())
 
 
 def gradient(call: Call, x: Tensor, ref: Tensor) -> Tensor:

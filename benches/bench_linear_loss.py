@@ -15,7 +15,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import compiled, device, measure, need, need_gpu, relative_error, sizes
+from harness import compiled, device, measure, need, need_gpu, relative_error, seeded, sizes
 from torch import Tensor
 
 from alignfast.kernels import linear_loss, linear_token_logps, report
@@ -86,10 +86,12 @@ def _liger(functional, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) 
 
 
 def inputs(T: int, D: int, V: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    hidden_TD = torch.randn(T, D, generator=generator).to(device(), dtype).requires_grad_()
-    weight_VD = (torch.randn(V, D, generator=generator) * D**-0.5).to(device(), dtype).requires_grad_()
-    return hidden_TD, weight_VD, torch.randint(0, V, (T,), generator=generator).to(device())
+    generator = seeded()
+    hidden_TD = torch.randn(T, D, generator=generator, device=device()).to(dtype).requires_grad_()
+    weight_VD = (
+        torch.randn(V, D, generator=generator, device=device()).mul_(D**-0.5).to(dtype).requires_grad_()
+    )
+    return hidden_TD, weight_VD, torch.randint(0, V, (T,), generator=generator, device=device())
 
 
 def gradient_error(loss: Loss, dtype: torch.dtype) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from harness import compiled, device, measure, need, need_gpu, relative_error, sizes
+from harness import compiled, device, measure, need, need_gpu, relative_error, seeded, sizes
 from torch import Tensor
 
 from alignfast.kernels import report, token_logps
@@ -78,9 +78,9 @@ def provider(name: str) -> Call:
 
 
 def inputs(T: int, V: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    logits_TV = (torch.randn(T, V, generator=generator) * 3).to(device(), dtype)
-    return logits_TV, torch.randint(0, V, (T,), generator=generator).to(device())
+    generator = seeded()
+    logits_TV = torch.randn(T, V, generator=generator, device=device()).mul_(3).to(dtype)
+    return logits_TV, torch.randint(0, V, (T,), generator=generator, device=device())
 
 
 def errors(name: str, dtype: torch.dtype, entropy: bool) -> tuple[float, float]:

@@ -39,7 +39,7 @@ steps() {
 environment|60|nvidia-smi && $PYTHON $ROOT/benches/gpu_cases.py environment
 build|900|cd $ROOT && $PYTHON setup.py build_ext --inplace
 check-every-kernel|300|$PYTHON $ROOT/benches/gpu_cases.py small
-bench-token-logps|300|$bench $ROOT/benches/bench_token_logps.py
+bench-token-logps|420|$bench $ROOT/benches/bench_token_logps.py
 bench-linear-loss|420|$bench $ROOT/benches/bench_linear_loss.py
 bench-gae|180|$bench $ROOT/benches/bench_gae.py
 op-tests|1200|$tests $ROOT/tests/ops

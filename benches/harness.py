@@ -86,6 +86,11 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def seeded(seed: int = 0) -> torch.Generator:
+    """A generator of the device's own: a billion numbers take seconds on a CPU."""
+    return torch.Generator(device()).manual_seed(seed)
+
+
 def synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -107,7 +112,7 @@ def best_seconds(call: Callable[[], Any], rounds: int = 5) -> float:
 @cache
 def limits() -> Limits:
     """Measured once a run."""
-    nbytes = sizes(_LIMIT_BYTES, 4 << 20)
+    nbytes = sizes(_LIMIT_BYTES if device().type == "cpu" else 8 * _LIMIT_BYTES, 4 << 20)
     source = torch.ones(nbytes // 4, device=device())
     target = torch.empty_like(source)
     n = sizes(2048 if device().type == "cpu" else 8192, 256)

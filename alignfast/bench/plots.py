@@ -57,7 +57,7 @@ _STYLE: Any = {
     "legend.frameon": False,
     "figure.facecolor": "white",
 }
-_MOST_SHAPES = 6  # panels of a bar plot
+_MOST_SHAPES = 10  # panels of a bar plot
 
 
 class Plot(NamedTuple):
@@ -113,11 +113,13 @@ def palette(rows: Sequence[Row]) -> dict[str, str]:
 
 def bars(rows: Sequence[Row], run: Run, what: str, colours: dict[str, str]) -> Figure:
     """Providers of a group as bars, a panel a shape; a whisker is the 20th to the 80th percentile, a line the floor."""
-    shapes = list(dict.fromkeys(row.shape for row in rows))[:_MOST_SHAPES]
+    known = list(dict.fromkeys(row.shape for row in rows))
+    shapes = known[:_MOST_SHAPES]
+    cut = f", {len(shapes)} of {len(known)} shapes" if len(known) > len(shapes) else ""
     panels = [_ordered([row for row in rows if row.shape == shape], what) for shape in shapes]
     heights = [0.62 + 0.3 * len(panel) for panel in panels]
     figure = Figure(figsize=(7.6, 0.65 + sum(heights)), layout="constrained")
-    _titled(figure, f"{rows[0].group}: {what}")
+    _titled(figure, f"{rows[0].group}: {what}{cut}")
     all_axes = figure.subplots(len(shapes), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, shape, panel in zip(all_axes, shapes, panels):
         _bar_panel(axes, panel, run, what, colours)

@@ -131,20 +131,21 @@ def run_of(report: Mapping[str, Any]) -> Run:
 
 def _row(bench: Mapping[str, Any]) -> Row:
     info, stats = dict(bench["extra_info"]), bench["stats"]
-    times: tuple[Any, Any, Any, Any]
+    times: list[Any]  # least, median, low, high
     device = info.get("device") or {}
     if "step_s_median" in info:  # a whole training: its steps were timed one by one
         steps = info["step_s_median"]
-        times = (info["step_s_min"], steps, info.get("step_s_low", steps), info.get("step_s_high", steps))
+        times = [info["step_s_min"], steps, info.get("step_s_low", steps), info.get("step_s_high", steps)]
     elif device:
-        times = (device["min"], device["median"], device["low"], device["high"])
+        times = [device[name] for name in ("min", "median", "low", "high")]
     else:
-        times = (stats["min"], stats["median"], info.get("low", stats["q1"]), info.get("high", stats["q3"]))
+        times = [stats["min"], stats["median"], info.get("low", stats["q1"]), info.get("high", stats["q3"])]
     shape = str(info["shape"])
     if "allocator" in info and info["allocator"] not in bench["group"]:
         shape = f"{shape}, malloc {info['allocator']}"
     axis = info.get("axis")
+    least, median, low, high = times
     return Row(
-        bench["fullname"], bench["group"] or bench["name"], info["provider"], shape, *times,
+        bench["fullname"], bench["group"] or bench["name"], info["provider"], shape, least, median, low, high,
         axis=(axis[0], float(axis[1])) if axis else None, info=info,
     )  # fmt: skip

@@ -24,6 +24,7 @@ from alignfast.bench.plots import draw
 from alignfast.bench.results import Run, run_of
 
 SUITES = ("quick", "full", "smoke")
+_OURS = ("alignfast", "patched")  # how the names of our providers begin
 # Whole training steps and rollouts take minutes each: the quick suite has the ops alone
 _LONG = {"dpo_step", "grpo_step", "ppo_step", "patch_trl", "rollout"}
 
@@ -131,8 +132,6 @@ def write(report: Mapping[str, Any], output: Path) -> list[Path]:
     }
     for name, text in texts.items():
         (output / name).write_text(text)
-    for old in output.glob("*.png"):
-        old.unlink()
     plots = draw(run, output)
     (output / "index.html").write_text(page(run, plots, _embedded))
     return [*(output / name for name in texts), *(plot.path for plot in plots), output / "index.html"]
@@ -173,10 +172,12 @@ def merged(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**first, **joined}
 
 
-def failed(run: Run) -> list[str]:
-    """Providers that were wrong, or broke."""
-    return [
-        f"{entry['bench'].rpartition('::')[2]}: {entry['reason']}"
-        for entry in run.left_out
-        if entry["outcome"] == "failed"
-    ]
+def failed(run: Run) -> tuple[list[str], list[str]]:
+    """What of ours was wrong or broke, and what of the peers."""
+    ours: list[str] = []
+    peers: list[str] = []
+    for entry in run.left_out:
+        if entry["outcome"] == "failed":
+            kept = ours if entry["provider"].startswith(_OURS) else peers
+            kept.append(f"{entry['bench'].rpartition('::')[2]}: {entry['reason']}")
+    return ours, peers

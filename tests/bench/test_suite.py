@@ -37,22 +37,29 @@ def test_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
 def test_no_time_for_a_wrong_kernel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """Ours, then the exit code is 1; a peer that is broken is named and no more."""
     folder = tmp_path / "benches"
     folder.mkdir()
     for name in ("harness.py", "conftest.py", "plain.py"):
         shutil.copy(suite.benches_folder() / name, folder)
     (folder / "bench_wrong.py").write_text(
         "import pytest\nfrom harness import measure\n"
-        "@pytest.mark.parametrize('name', ['right', 'wrong'])\n"
+        "@pytest.mark.parametrize('name', ['alignfast right', 'alignfast wrong', 'broken'])\n"
         "def bench_wrong(benchmark, name):\n"
-        "    error = 1e-7 if name == 'right' else 0.3\n"
+        "    error = {'alignfast right': 1e-7, 'alignfast wrong': 0.3}[name]\n"
         "    measure(benchmark, lambda: sum(range(9)), provider=name, shape='1', error=error, allowed_error=1e-6, rounds=2)\n"
     )
     monkeypatch.setattr(suite, "benches_folder", lambda: folder)
-    assert main(["bench", "wrong", "--suite", "smoke", "--output", str(tmp_path / "out")]) == 1
-    assert "wrong is wrong by 3.0e-01 where 1.0e-06 is allowed" in capfd.readouterr().err
+    words = ["bench", "wrong", "--suite", "smoke", "--output", str(tmp_path / "out")]
+    assert main(words) == 1
+    said = capfd.readouterr()
+    assert "alignfast wrong is wrong by 3.0e-01 where 1.0e-06 is allowed" in said.err
+    assert "peers without a time: bench_wrong[broken]: KeyError: 'broken'" in said.out
     report = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [row["extra_info"]["provider"] for row in report["benchmarks"]] == ["right"]
+    assert [row["extra_info"]["provider"] for row in report["benchmarks"]] == ["alignfast right"]
+    report["left_out"] = [entry for entry in report["left_out"] if entry["provider"] == "broken"]
+    monkeypatch.setattr(suite, "run_benches", lambda *_, **__: (report, 1))
+    assert main(words) == 0
 
 
 @pytest.mark.slow
