@@ -40,7 +40,7 @@ def test_no_time_for_a_wrong_kernel(
     """Ours, then the exit code is 1; a peer that is broken is named and no more."""
     folder = tmp_path / "benches"
     folder.mkdir()
-    for name in ("harness.py", "conftest.py", "plain.py"):
+    for name in ("harness.py", "machine.py", "conftest.py", "plain.py"):
         shutil.copy(suite.benches_folder() / name, folder)
     (folder / "bench_wrong.py").write_text(
         "import pytest\nfrom harness import measure\n"
