@@ -12,6 +12,12 @@ from alignfast.bench import suite
 from alignfast.cli import main
 
 
+@pytest.fixture(autouse=True)
+def _no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest-benchmark measures nothing in xdist's workers, and the suite's process is none."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
 def test_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Only the providers asked for; who is missing is named with the reason; pytest-benchmark's own options go through."""
     out, own = tmp_path / "out", tmp_path / "own.json"
