@@ -171,6 +171,7 @@ def main(root: Path) -> None:
     interrupt(root / "interrupted")
     for sharding in SHARDINGS:
         for method in METHODS:
+            print(sharding, method, flush=True)  # the last words of a rank that aborts say where
             run(root / sharding / method, method, fsdp=sharding == "fsdp")
             if method in RESUMED:
                 run(root / sharding / method, method, fsdp=sharding == "fsdp", resume=True)
