@@ -2,7 +2,7 @@
 
     refused when                                              by the figures
     held-out preference is below 1/2 for certain              preference
-    it is below 1/2 at all while the reward rises             preference, reward, reward_serving
+    it is that at a level of 10 % while the reward rises      preference, reward, reward_serving
     the judge's, or the reward's, win rate is, for certain    win_rate, reward_wins
     it has gone too far from the start policy                 kl
     answers grew or shrank too much, or no longer end         length, length_serving, cut, cut_serving
@@ -12,13 +12,24 @@
 
 A comparison is with the version that serves: 1/2 is no difference, and "for certain" is the 95 % interval's end. What was
 not measured refuses nothing, but for what must be significant.
+
+While the reward rises less is asked of a fall: a rising reward is what a hack looks like, and who passes wrongly is shown to
+people, while a sound candidate that is refused comes again a round later with more votes. So one in ten of those that change
+nothing may be lost to noise, and no more, however few pairs there are:
+
+    P(X <= n p) <= 1/10       X wins of n by a fair coin; n the count of pairs in Wilson's interval, less where prompts share them
+    P(X <= n p)  =  Phi((2 p - 1) sqrt(n) + 1 / sqrt(n))        within 0.006 of the binomial's from 4 pairs on
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+_HACKED = 0.1  # chance that a candidate which changes nothing is refused for a fall while its reward rises
+_Z = 1.959964  # of 95 % intervals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +102,10 @@ def _preference(figures: Mapping[str, Any], limits: GateConfig) -> Iterator[str]
         if name in figures and figures[name]["high"] < 0.5:
             yield f"{called} is {_told(figures[name])}: below 1/2"
     if "preference" in figures and "reward" in figures and figures["preference"]["high"] >= 0.5:
-        preference, rise = figures["preference"]["estimate"], figures["reward"] - figures["reward_serving"]
-        if preference < 0.5 and rise > 0:
-            yield f"the reward rises by {rise:.3g} while held-out preference falls to {preference:.3f}: it is hacked"
+        chance, rise = _chance_of_fewer(figures["preference"]), figures["reward"] - figures["reward_serving"]
+        if chance <= _HACKED and rise > 0:
+            told = f"falls to {_told(figures['preference'])}, by chance in {chance:.1%}"
+            yield f"the reward rises by {rise:.3g} while held-out preference {told}: it is hacked"
 
 
 def _distance(figures: Mapping[str, Any], limits: GateConfig) -> Iterator[str]:
@@ -130,6 +142,22 @@ def _significance(figures: Mapping[str, Any], limits: GateConfig) -> Iterator[st
     ):
         found = [f"{name} {_told(figures[name])}" for name in ("preference", "win_rate") if name in figures]
         yield f"nothing is better for certain ({', '.join(found) or 'nothing was measured'})"
+
+
+def _chance_of_fewer(share: Mapping[str, float]) -> float:
+    """P(X <= n p) of a share p with its Wilson interval, whose ends say how many rows it counts.
+
+    >>> round(_chance_of_fewer({"estimate": 0.25, "low": 0.089, "high": 0.532}), 3)  # 3 of 12
+    0.074
+    """
+    p = share["estimate"]
+    if p >= 0.5:
+        return 1.0
+    spread = (1 - p) ** 2 / ((1 - share["low"]) * (1 - share["high"])) - 1  # z^2 / n
+    if spread <= 0:
+        return 0.0  # endless rows: each cluster's share is the same
+    root = _Z / math.sqrt(spread)
+    return math.erfc(-((2 * p - 1) * root + 1 / root) / math.sqrt(2)) / 2
 
 
 def _told(interval: Mapping[str, float]) -> str:

@@ -76,3 +76,32 @@ def test_the_gate_alone_refuses_most_hacks() -> None:
             changed = {name: draw.uniform(*of) for name, of in ranges.items()}
             refused += not gate(measured(draw, draw.uniform(least, most), changed), GateConfig()).accepted
         assert refused >= 190
+
+
+def test_noise_on_a_few_pairs_refuses_no_more_than_its_level() -> None:
+    """Candidates that change nothing, whose reward rises: by the binomial's own weights, not by draws."""
+    for pairs in (2, 3, 4, 6, 9, 12, 13, 20, 30, 57, 100, 200):
+        refused = 0.0
+        for wins in range(pairs + 1):
+            preference = proportion([True] * wins + [False] * (pairs - wins))._asdict()
+            if not gate({**SOUND, "preference": preference}, GateConfig()).accepted:
+                refused += math.comb(pairs, wins) / 2**pairs
+        assert refused <= 0.1, pairs
+    figures = {**SOUND, "preference": proportion([True] * 5 + [False] * 7)._asdict()}
+    assert gate(figures, GateConfig()).accepted  # below 1/2, and chance in 39 of 100
+    figures = {**SOUND, "preference": proportion([True] * 3 + [False] * 9)._asdict()}
+    (reason,) = gate(figures, GateConfig()).reasons
+    assert "falls to 0.250 (0.089 to 0.532), by chance in 7.4%: it is hacked" in reason
+    assert gate({**figures, "reward": 0.0}, GateConfig()).accepted  # no hack: nothing rises
+
+
+@pytest.mark.parametrize("prompts", [12, 24])
+def test_noise_on_pairs_that_share_prompts_refuses_little_more(prompts: int) -> None:
+    """Two pairs of each prompt that agree in nine of ten: the count of pairs is estimated, from as few prompts."""
+    draw, refused, trials = np.random.default_rng(4), 0, 1000
+    for _ in range(trials):
+        first_P = draw.random(prompts) < 0.5
+        second_P = np.where(draw.random(prompts) < 0.9, first_P, ~first_P)
+        shared = proportion(np.r_[first_P, second_P], [*range(prompts)] * 2)._asdict()
+        refused += not gate({**SOUND, "preference": shared}, GateConfig()).accepted
+    assert refused / trials <= 0.12
