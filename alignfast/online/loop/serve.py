@@ -1,12 +1,13 @@
 """From a candidate to what serves: duels before people, promotion, and a watch after it.
 
-    canary    share of wins of the candidate, a voter a value in [0, 1]: it passes when the interval lies above 1/2 + margin,
-              is refused when it lies below that, or when the budget ends first
-    watch     share of thumbs up with the new version, a voter a value: it is rolled back when the interval lies below that of
-              its predecessor, less watch_drop
+    canary    share of wins of the candidate, a voter a value in {0, 1/2, 1}: it passes when the interval lies above
+              1/2 + margin, is refused when it lies below that, or when the budget ends first
+    watch     share of thumbs up with the new version, a voter a value in {0, 1}: it is rolled back when the interval lies
+              below that of its predecessor, less watch_drop
 
-The interval holds at all times at once, so that one may look after every vote. Of the predecessor, which gets no further
-votes, it is Wilson's. A voter's value is the mean of their votes so far.
+The interval holds at all times at once (Ville's inequality for the hedged capital of arXiv 2010.09686, sequential.py), so that
+one may look after every vote, since a voter's value is their first vote and never changes. Of the predecessor, which gets no
+further votes, it is Wilson's.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from alignfast.online.learning.sequential import mean_interval
 from alignfast.online.store import Run
-from alignfast.online.store.stats import satisfaction, thumbs_of
+from alignfast.online.store.stats import first_thumbs, satisfaction
 
 if TYPE_CHECKING:
     from alignfast.online.loop.loop import OnlineLoop
@@ -80,7 +81,7 @@ def watch(loop: OnlineLoop, run: Run, round: Round) -> Literal["next", "wait", "
         return "end"
     before = satisfaction(store).get(round.serving)
     if before is not None:
-        found = mean_interval([one.share for one in thumbs_of(store, round.policy)])
+        found = mean_interval([one.up for one in first_thumbs(store, round.policy)])
         if found.high < before.rate.low - config.watch_drop:
             reason = f"satisfaction fell from {before.rate} with {round.serving} to {found}"
             store.versions.roll_back(reasons=[reason])

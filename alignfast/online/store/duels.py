@@ -1,9 +1,11 @@
 """Blind duels of a canary and the version that serves, as votes of people.
 
-    wins of voter v  =  mean over their duels of  1 (the canary's answer is better) | 1/2 (tie) | 0
+    wins of voter v  =  1 (the canary's answer is better) | 1/2 (tie) | 0      by the first vote of v on any of its duels
 
 A duel is a group of two answers to one prompt, one of each version, sides at random, neither of which says its version;
-`sampling["duel"]` of both names the canary. Voters are the unit, not votes, and all anonymous ones are one voter.
+`sampling["duel"]` of both names the canary. Voters are the unit, not votes, and all anonymous ones are one voter. A voter's
+first vote settles their value for good, since a bound that holds at all times is of values that stay: a mean of votes so far,
+or a vote that is replaced, would rewrite what the bound has already counted.
 
 Not done here: whether the wins are enough (the learner's sequential interval).
 """
@@ -25,8 +27,8 @@ class Duels(NamedTuple):
 
     Attributes:
         user: the voter, as `feedback.voter_of` names them.
-        wins: of the canary, from 0 to 1.
-        created: of the voter's first duel, in seconds since 1970.
+        wins: 1, 1/2 or 0, of the voter's first vote.
+        created: of that vote, in seconds since 1970.
     """
 
     user: str
@@ -35,7 +37,7 @@ class Duels(NamedTuple):
 
 
 def find_duels(connection: Connection, version: str) -> list[Duels]:
-    """The current votes on a canary's duels, a voter a row, in the order in which the voters came.
+    """The first vote of each voter on a canary's duels, in the order in which these came; later votes change none.
 
     Args:
         connection: to read from.
@@ -46,16 +48,15 @@ def find_duels(connection: Connection, version: str) -> list[Duels]:
         select(feedback.c.user_id, feedback.c.value, feedback.c.created, canary.c.id, canary.c.sampling)
         .join(named, named.c.id == feedback.c.response_id)
         .join(canary, canary.c.group_id == named.c.group_id)
-        .where(canary.c.policy_version == version, feedback.c.kind == "pair", feedback.c.current)
+        .where(canary.c.policy_version == version, feedback.c.kind == "pair")
         # not a comparison of the canary's answer with one that it did not stand beside
         .where(feedback.c.target == "group:" + canary.c.group_id)
         .order_by(feedback.c.seq)
     )
-    wins: dict[str, list[float]] = {}
-    first: dict[str, float] = {}
+    found: dict[str, Duels] = {}
     for row in connection.execute(statement):
-        if row.sampling.get(DUEL) == version:
-            voter = voter_of(row.user_id)
-            wins.setdefault(voter, []).append(0.5 if row.value == TIE else float(row.value == row.id))
-            first.setdefault(voter, row.created)
-    return [Duels(voter, sum(found) / len(found), first[voter]) for voter, found in wins.items()]
+        voter = voter_of(row.user_id)
+        if row.sampling.get(DUEL) == version and voter not in found:
+            wins = 0.5 if row.value == TIE else float(row.value == row.id)
+            found[voter] = Duels(voter, wins, row.created)
+    return list(found.values())

@@ -126,31 +126,32 @@ def satisfaction(store: Store) -> dict[str, Satisfaction]:
     }
 
 
-class Thumbs(NamedTuple):
-    """What one voter says of a version's answers.
+class FirstThumb(NamedTuple):
+    """What one voter said of a version's answers first.
 
     Attributes:
         user: the voter, as `feedback.voter_of` names them.
-        share: of their thumbs that are up.
+        up: whether that thumb is up.
     """
 
     user: str
-    share: float
+    up: bool
 
 
-def thumbs_of(store: Store, version: str) -> list[Thumbs]:
-    """The thumbs on a version's answers, a voter a row, in the order in which the voters came."""
+def first_thumbs(store: Store, version: str) -> list[FirstThumb]:
+    """The first thumb of each voter on a version's answers, in the order in which these came; later ones change none."""
     statement = (
         select(feedback.c.value, feedback.c.user_id)
         .join(responses, responses.c.id == feedback.c.response_id)
-        .where(feedback.c.current, feedback.c.kind == "thumb", responses.c.policy_version == version)
+        .where(feedback.c.kind == "thumb", responses.c.policy_version == version)
         .order_by(feedback.c.seq)
     )
-    found: dict[str, list[bool]] = defaultdict(list)
+    found: dict[str, FirstThumb] = {}
     with store.read() as connection:
         for row in connection.execute(statement):
-            found[voter_of(row.user_id)].append(row.value == "up")
-    return [Thumbs(voter, sum(ups) / len(ups)) for voter, ups in found.items()]
+            voter = voter_of(row.user_id)
+            found.setdefault(voter, FirstThumb(voter, row.value == "up"))
+    return list(found.values())
 
 
 def _all_judgements(store: Store, votes: list[Vote]) -> Iterator[Judgement]:

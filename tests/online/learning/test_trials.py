@@ -1,7 +1,7 @@
 """Candidates before gate and canary, in numbers: who is promoted.
 
 A candidate has a share of wins before people, p, and figures as an evaluation finds them: 200 held-out pairs and 64 judged
-answers, which agree with people. 500 voters at most come to the canary, with one to three duels each.
+answers, which agree with people. 500 voters at most come to the canary, and each one's first vote counts.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ def measured(draw: np.random.Generator, p: float, changed: dict[str, float]) -> 
 
 def canary_passes(draw: np.random.Generator, p: float, voters: int = 500) -> bool:
     """Whether at any time the interval of wins lies above 1/2, before it lies below."""
-    duels_N = draw.integers(1, 4, voters)
-    wins_N = draw.binomial(duels_N, p) / duels_N
+    wins_N = (draw.random(voters) < p).astype(float)
     enough = math.log(2 / 0.05)
     above_N = capitals(wins_N[None], 0.5)[0] >= enough
     below_N = capitals(1 - wins_N[None], 0.5)[0] >= enough
@@ -96,7 +95,7 @@ def test_noise_on_a_few_pairs_refuses_no_more_than_its_level() -> None:
 
 
 @pytest.mark.parametrize("prompts", [12, 24])
-def test_noise_on_pairs_that_share_prompts_refuses_little_more(prompts: int) -> None:
+def test_noise_on_pairs_that_share_prompts_refuses_no_more(prompts: int) -> None:
     """Two pairs of each prompt that agree in nine of ten: the count of pairs is estimated, from as few prompts."""
     draw, refused, trials = np.random.default_rng(4), 0, 1000
     for _ in range(trials):
@@ -104,4 +103,4 @@ def test_noise_on_pairs_that_share_prompts_refuses_little_more(prompts: int) -> 
         second_P = np.where(draw.random(prompts) < 0.9, first_P, ~first_P)
         shared = proportion(np.r_[first_P, second_P], [*range(prompts)] * 2)._asdict()
         refused += not gate({**SOUND, "preference": shared}, GateConfig()).accepted
-    assert refused / trials <= 0.12
+    assert refused / trials <= 0.1
