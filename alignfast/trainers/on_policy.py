@@ -65,6 +65,8 @@ class OnPolicyConfig(TrainerConfig):
     """What samples: `native`, `transformers` for a model that can't be packed, or `vllm`, a server (EXPERIMENTAL)."""
     cuda_graphs: bool | None = None
     """Steps of the native engine's decoding as CUDA graphs; None: on a GPU."""
+    decode_backend: str | None = None
+    """Of the native engine's attention in decoding; `flash` is flash-attn 2 or 3. None: as `backend`."""
     vllm_server_base_url: str | None = None
     """Address of that server; its weights are brought up to date before each draw."""
     vllm_server_timeout: float = 240.0
@@ -109,10 +111,9 @@ class OnPolicyConfig(TrainerConfig):
             self._require(value is None or value >= 1, name, "at least 1")
         self._require(self.temperature > 0, "temperature", "above 0")
         self._choose("engine", *ENGINES)
-        native = self.engine == "native"
-        self._require(
-            native or self.cuda_graphs is None, "cuda_graphs", "None where the engine is not native"
-        )
+        for name in ("cuda_graphs", "decode_backend"):
+            fits = self.engine == "native" or getattr(self, name) is None
+            self._require(fits, name, "None where the engine is not native")
         self._choose("vllm_importance_sampling_mode", *MODES)
         given = self.vllm_server_base_url is not None
         self._require(
