@@ -206,7 +206,7 @@ class OnPolicyTrainer(Trainer):
             if positions is not None and len(ids) > positions - most:
                 raise ValueError(
                     f"{rows.where(index)}: the prompt has {len(ids)} tokens, and the model's {positions} positions less "
-                    f"max_completion_length={most} leave {positions - most}"
+                    f"max_completion_length={most} leave {positions - most}: shorten it, or lower max_completion_length"
                 )
         del self.items[sum(len(data.trees) for data in self.all_data) :]
         self.items += rows.items
