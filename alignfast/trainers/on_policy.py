@@ -25,7 +25,7 @@ from alignfast.rollout import ENGINES, RolloutEngine, Sampling
 from alignfast.trainers.batches import Counts, Data, Share, num_predictions, whole_on_ranks
 from alignfast.trainers.config import TrainerConfig, config
 from alignfast.trainers.experience import Drawn, Experience, describe, draw
-from alignfast.trainers.judged import Judged
+from alignfast.trainers.judged import Judged, MetricsFunction
 from alignfast.trainers.late import LateRewards
 from alignfast.trainers.loop import Trainer
 from alignfast.trainers.mismatch import MODES, correct
@@ -164,9 +164,10 @@ class OnPolicyTrainer(Trainer):
         rollout_func: RolloutFunc | None = None,
         judge: Any = None,
         gold_reward_funcs: Any = None,
+        compute_metrics: MetricsFunction | None = None,
         **rest: Any,
     ) -> None:
-        self.judged, self.shown = Judged(self, judge, gold_reward_funcs), Shown(self)
+        self.judged, self.shown = Judged(self, judge, gold_reward_funcs, compute_metrics), Shown(self)
         self.reward_funcs, self.rollout_func = reward_funcs, rollout_func
         self.scorers: RewardSet | None = None
         self.items: list[dict[str, Any]] = []  # the rows of all data, by their numbers
@@ -212,12 +213,8 @@ class OnPolicyTrainer(Trainer):
         self.items += rows.items
         trees = [Tree((), (tuple(ids),), ((False,) * len(ids),)) for ids in prompts]
         tokens = sum(map(len, prompts))
-        report = PrepareReport(
-            rows=len(trees),
-            tokens=tokens,
-            tokens_shared=tokens,
-            largest_token_id=max(map(max, prompts), default=-1),
-        )
+        largest = max(map(max, prompts), default=-1)
+        report = PrepareReport(rows=len(trees), tokens=tokens, tokens_shared=tokens, largest_token_id=largest)
         return Prepared(trees, report, list(range(len(trees))))
 
     def draw_size(self) -> tuple[int, int]:
