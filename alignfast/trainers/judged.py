@@ -182,8 +182,9 @@ class Judged:
         """
         if self.compute_metrics is None:
             return {}
-        given, completions = self._given(data, drawn)
-        given |= {
+        columns, completions = self._given(data, drawn)
+        given: dict[str, Any] = {
+            **columns,
             "completions": completions,
             "completion_ids": [list(of.completion.token_ids) for of in drawn],
             "sample_ids": [of.number for of in drawn],
