@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +26,10 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 EACH = sizes(8, 2)  # completions of a prompt
 END = TINY["vocab_size"]  # one past the tokens that the model knows
+_OF_A_DRAW, _OF_A_STEP = (
+    ("prefill", "decode", "sampling", "rewards", "logps"),
+    ("forward", "backward", "optimizer"),
+)
 
 
 @dataclass(frozen=True)
@@ -135,53 +138,23 @@ def train_trl(work: Work, steps: int, output: str, replays: bool) -> tuple[list[
     return [entry for entry in trainer.state.log_history if "loss" in entry], clock
 
 
-class Parts(Clock):
-    """Seconds of the parts of our steps, beside those that the trainer logs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.steps: list[dict[str, float]] = []
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.steps.append({"reference": 0.0, "forward": 0.0, "optimizer": 0.0})
-        super().on_step_begin(*args, **kwargs)
-
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self._began = time.perf_counter()
-
-    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.steps[-1]["optimizer"] = time.perf_counter() - self._began
-
-    def timed(self, part: str, call: Any) -> Any:
-        """The call, its seconds added to a part of the step."""
-
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            result = call(*args, **kwargs)
-            self.steps[-1][part] += time.perf_counter() - began
-            return result
-
-        return wrapped
-
-    def of_step(self, i: int, logged: dict[str, Any]) -> dict[str, float]:
-        """All parts of a step. Backward is what is left: without the head's, whose gradients come with the forward."""
-        parts = {
-            name: logged[f"seconds/{name}"] for name in ("prefill", "decode", "sampling", "rewards")
-            if f"seconds/{name}" in logged
-        }  # fmt: skip
-        parts["other sampling"] = parts.pop("sampling") - parts.get("prefill", 0.0) - parts.get("decode", 0.0)
-        parts |= self.steps[i]
-        return parts | {"backward and the rest": self.wall[i] - sum(parts.values())}
+def parts_of(logged: dict[str, Any], wall: float) -> dict[str, float]:
+    """Seconds of a step's parts, by the trainer's own clocks: each step has a draw of its own, and is logged."""
+    seconds = {name: logged.get(f"seconds/{name}", 0.0) for name in (*_OF_A_DRAW, *_OF_A_STEP)}
+    draw = {name: seconds[name] for name in ("prefill", "decode")}
+    draw["other sampling"] = seconds["sampling"] - sum(draw.values())
+    parts = draw | {name: seconds[name] for name in ("rewards", "logps", *_OF_A_STEP)}
+    return parts | {"rest": wall - sum(parts.values())}
 
 
 def train_ours(
     work: Work, steps: int, output: str, replays: bool, keep_cpu_memory: bool
-) -> tuple[list[dict[str, Any]], Parts]:
+) -> tuple[list[dict[str, Any]], Clock]:
     """The same in our trainer."""
     from alignfast import GRPOConfig, GRPOTrainer
     from alignfast.rollout import Completion, Sampling
 
-    clock = Parts()
+    clock = Clock()
 
     class Replay:
         """An engine that gives the stored completions."""
@@ -193,20 +166,16 @@ def train_ours(
                 [completion_of(trainer, ids, tokens) for tokens in replayed(ids, work)] for ids in prompts
             ]
 
-    class Timed(GRPOTrainer):
-        """With clocks around its parts."""
-
+    class Replaying(GRPOTrainer):
         def before_training(self) -> None:
             super().before_training()
             if replays:
                 self.engine = Replay()
-            self.compute_loss = clock.timed("forward", self.compute_loss)  # type: ignore[method-assign]
-            self.of_tokens = clock.timed("reference", self.of_tokens)  # type: ignore[method-assign]
 
     config = GRPOConfig(
         **options(work, steps, output), train_sampling_strategy="sequential", keep_cpu_memory=keep_cpu_memory
     )
-    trainer = Timed(
+    trainer = Replaying(
         output, reward, args=config, train_dataset=rows(work, work.prompts * steps), callbacks=[clock]
     )
     trainer.train()
@@ -242,7 +211,7 @@ def main() -> None:
         parts = []
     else:
         logged, clock = train_ours(*common, keep_cpu_memory=arguments.keep_cpu_memory == "yes")
-        parts = [clock.of_step(i, row) for i, row in enumerate(logged)]
+        parts = [parts_of(row, wall) for row, wall in zip(logged, clock.wall)]
     figures = {"wall": clock.wall, "cpu": clock.cpu, "peak_mib": peak_mib(), "logged": logged, "parts": parts}
     print(json.dumps(figures))
 

@@ -82,7 +82,8 @@ def _print_environment(found: dict[str, Any], console: Console) -> None:
     compiled = [f"{name} {'built' if built else 'not built'}" for name, built in found["compiled"].items()]
     console.print(f"compiled parts: {', '.join(compiled)}")
     backends = sorted(
-        {name for known in found["ops"].values() for name in known}, key=("torch", "native", "triton").index
+        {name for known in found["ops"].values() for name in known},
+        key=("torch", "native", "triton", "flash").index,
     )
     table = Table(title="kernels", title_justify="left")
     table.add_column("op")

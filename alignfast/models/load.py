@@ -122,6 +122,8 @@ def _loaded(model: Any, layout: str, dtype: Any, load: Callable[[str, str | torc
         raise ValueError(f"layout must be shared, packed or padded, got {layout!r}")
     if isinstance(model, (str, os.PathLike)):
         return load(os.path.expanduser(os.fspath(model)), dtype or torch.float32)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected a model, its folder or its name on the hub, got {type(model).__name__}")
     if dtype is not None:
         raise ValueError(
             "dtype is for models loaded by name; cast the model object yourself with model.to(dtype)"
@@ -186,7 +188,7 @@ def load_tokenizer(
     """The tokenizer itself, one by name, or the one that lies beside the model.
 
     Raises:
-        ValueError: none was given and the model does not say where it came from.
+        ValueError: none was given and the model does not say where it came from, or none lies there.
     """
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer
@@ -197,4 +199,11 @@ def load_tokenizer(
             "the model was made in memory, so its tokenizer is unknown; pass processing_class=tokenizer"
         )
     name = os.path.expanduser(os.fspath(name))
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        if not os.path.isdir(name):
+            raise
+        raise ValueError(
+            f"{name} holds no tokenizer that can be loaded: save the model's own there, tokenizer.save_pretrained(folder)"
+        ) from error

@@ -14,6 +14,19 @@ from torch import Tensor
 from alignfast.kernels import paged_attention
 
 
+def check_backend(backend: str, device: torch.device) -> None:
+    """An attention over no sequences: what the backend refuses on a device, it refuses here.
+
+    Raises:
+        ValueError: there is no such backend.
+        RuntimeError: it can't run here, and why.
+    """
+    query_SHE = torch.empty(0, 1, 8, dtype=torch.bfloat16, device=device)
+    pages_NPKE = torch.empty(1, 256, 1, 8, dtype=torch.bfloat16, device=device)
+    tables = (torch.empty(shape, dtype=torch.int32, device=device) for shape in ((0, 1), (0,)))
+    paged_attention(query_SHE, pages_NPKE, pages_NPKE, *tables, backend=backend)
+
+
 class PagedCache:
     """What `alignfast.models.attention` hands a layer's keys and values to.
 
@@ -41,7 +54,9 @@ class PagedCache:
         # a call keeps to one precision, and wants nothing of the calls before it
         if layer not in self._layers or self._layers[layer][0].dtype != key_TKE.dtype:
             shape = (self.num_pages, self.size, *key_TKE.shape[1:])
-            self._layers[layer] = (key_TKE.new_empty(shape), value_TKE.new_empty(shape))
+            # what lies beyond a sequence is never used, but flash-attn multiplies it by 0, and memory may hold NaN
+            make = key_TKE.new_zeros if self.backend == "flash" else key_TKE.new_empty
+            self._layers[layer] = (make(shape), make(shape))
         for kept_NPKE, new_TKE in zip(self._layers[layer], (key_TKE, value_TKE)):
             kept_NPKE.flatten(0, 1).index_copy_(0, self._row_T, new_TKE)
 

@@ -20,7 +20,7 @@ from alignfast.models.attention import NAME, ModelRefused, attention_set, check_
 from alignfast.models.four_bit import arithmetic_of
 from alignfast.models.policy import Policy
 from alignfast.models.trunk import PROBE_TOLERANCE
-from alignfast.rollout.cache import PagedCache
+from alignfast.rollout.cache import PagedCache, check_backend
 from alignfast.rollout.finish import Finish
 from alignfast.rollout.graphs import Recorder, StepGraphs
 from alignfast.rollout.pages import Pages
@@ -30,6 +30,7 @@ from alignfast.rollout.scheduler import PromptState, Running, Scheduler, pages_n
 from alignfast.rollout.step import Step, no_numbers
 
 PAGE = 16
+_PAGE_OF = {"flash": 256}  # that flash-attn 2 takes
 _WAY_OUT = "use engine='transformers'"
 
 
@@ -44,9 +45,15 @@ class NativeEngine:
             sequences wait.
         max_prefill_tokens: of prompts in one forward pass.
         cuda_graphs: replay the trunk's steps as CUDA graphs (`alignfast.rollout.graphs`); None: on a GPU.
+        decode_backend: of `paged_attention`: `flash` takes flash-attn's, with pages of 256 tokens; None: the policy's
+            backend, where `auto` never takes flash-attn.
 
     Attributes:
         seconds: of the last call: `prefill` and `decode`, drawing included.
+
+    Raises:
+        ValueError: a size is below 1.
+        RuntimeError: the backend can't run here, and why.
 
     >>> engine = NativeEngine(Policy(model), tokenizer)  # doctest: +SKIP
     >>> engine.generate(["The cat"], Sampling(max_new_tokens=8))[0][0].text  # doctest: +SKIP
@@ -64,6 +71,7 @@ class NativeEngine:
         cache_tokens: int | None = None,
         max_prefill_tokens: int = 8192,
         cuda_graphs: bool | None = None,
+        decode_backend: str | None = None,
     ) -> None:
         for name, value in (("max_sequences", max_sequences), ("max_prefill_tokens", max_prefill_tokens)):
             if value < 1:
@@ -71,6 +79,12 @@ class NativeEngine:
         self.policy, self.tokenizer = policy, tokenizer
         self.max_sequences, self.cache_tokens = max_sequences, cache_tokens
         self.max_prefill_tokens, self.cuda_graphs = max_prefill_tokens, cuda_graphs
+        self.decode_backend = decode_backend or policy.backend
+        self.page = _PAGE_OF.get(self.decode_backend, PAGE)
+        if (
+            decode_backend is not None
+        ):  # what can't be had is told now; a 16-bit type, since autocast may come later
+            check_backend(decode_backend, next(policy.parameters()).device)
         self.recorder: Recorder | None = None  # CUDA's, but for tests
         self.seconds = {"prefill": 0.0, "decode": 0.0}
         self._cache: PagedCache | None = None
@@ -111,7 +125,7 @@ class NativeEngine:
         base, device = self.policy.base, next(self.policy.parameters()).device
         check_layer_kinds(base)
         length = min(
-            PAGE + 3, (self.policy.positions or PAGE + 6) - 3
+            self.page + 3, (self.policy.positions or self.page + 6) - 3
         )  # into a second page where there is room
         prompt = tuple((7 * i * i + 3 * i + 2) % self.policy.vocabulary for i in range(length))
         try:
@@ -174,7 +188,7 @@ class NativeEngine:
         finish = Finish(self.tokenizer, frozenset(stops), sampling.stop)
         pages = Pages(cache.num_pages - 1, cache.size)  # the last is of what fills up a graph's sequences
         scheduler = Scheduler(sequences, pages, self.max_sequences, self.max_prefill_tokens)
-        most_pages = max(-(-(len(s.prompt.ids) + s.limit) // PAGE) for s in sequences)
+        most_pages = max(-(-(len(s.prompt.ids) + s.limit) // self.page) for s in sequences)
         step = Step(self.policy, cache, graphs, most_pages)
         while not scheduler.done:
             started, began = scheduler.admit(), time.perf_counter()
@@ -198,16 +212,16 @@ class NativeEngine:
 
     def _cache_for(self, sequences: list[Running]) -> PagedCache:
         """A cache that is large enough, kept for the next call."""
-        wanted, least = pages_needed(sequences, PAGE, self.max_sequences)
+        wanted, least = pages_needed(sequences, self.page, self.max_sequences)
         if self.cache_tokens is not None:
-            wanted = min(wanted, self.cache_tokens // PAGE)
+            wanted = min(wanted, self.cache_tokens // self.page)
             if wanted < least:
                 raise ValueError(
                     f"cache_tokens={self.cache_tokens} is too few: the longest prompt with its completion may need "
-                    f"{least * PAGE}"
+                    f"{least * self.page}"
                 )
         if self._cache is None or self._cache.num_pages <= wanted:
-            self._cache = PagedCache(wanted + 1, PAGE, backend=self.policy.backend)
+            self._cache = PagedCache(wanted + 1, self.page, backend=self.decode_backend)
         return self._cache
 
     def _graphs_of(self, cache: PagedCache) -> StepGraphs | None:

@@ -122,6 +122,8 @@ class GRPOTrainer(OnPolicyTrainer):
         judge: what says how often held-out completions beat the start policy's: `api:MODEL`, an object with `compare`, or
             what scores, as reward_funcs; None takes reward_funcs.
         gold_reward_funcs: as reward_funcs, measured on held-out prompts and never trained on.
+        compute_metrics: figures of your own of held-out completions: called as a reward function is, with their `rewards`
+            beside, it returns a dict of numbers.
 
     >>> rows = [{"prompt": "2 + 2 =", "answer": "4"}]
     >>> trainer = GRPOTrainer("my-model", "numeric", train_dataset=rows, max_steps=100)  # doctest: +SKIP

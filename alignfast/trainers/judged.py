@@ -7,6 +7,7 @@
     win rate  against the completions that the start policy drew from the same prompts and random numbers; ties count
               half, and completions of one prompt count as one cluster of Wilson's interval
     gold      rewards that are measured and never trained on: where they fall while the trained one rises, it is hacked
+    others    what `compute_metrics` makes of the completions
 
 The start policy is sampled before the first step, once; what it drew is kept with the checkpoints. Truncated sampling
 (top-k, top-p, min-p) draws from another distribution than the one that log-probs are of, so that its k1 is no longer the
@@ -17,7 +18,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from numbers import Real
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +31,7 @@ from alignfast.evaluation import PairwiseJudge, distinct_n, load_judge, win_rate
 from alignfast.kernels import kl_penalty
 from alignfast.kernels.linear_loss import Metrics, Stats
 from alignfast.rewards import RewardSet
+from alignfast.rewards.protocol import accepted, check_signature
 from alignfast.trainers.batches import Data, content_hash, share_out
 from alignfast.trainers.experience import Drawn, answer_of, describe, draw, reward_figures
 from alignfast.trainers.metrics import to_json
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 
 EVALUATION = 1 << 60  # where the numbers of held-out samples begin
 _T = TypeVar("_T")
+MetricsFunction: TypeAlias = Callable[..., dict[str, float]]
 
 
 class Start(NamedTuple):
@@ -56,10 +60,18 @@ class Judged:
         judge: what `alignfast.evaluation.load_judge` takes, one or several reward functions; None compares by the rewards
             that are trained on.
         gold_reward_funcs: what `alignfast.rewards.load_reward` takes, one or several; None measures none.
+        compute_metrics: takes prompts, completions, their rewards (NaN for none), and the rows' columns, by keyword and what
+            it names of them, and returns further figures; on every rank, of all completions.
     """
 
-    def __init__(self, trainer: OnPolicyTrainer, judge: Any, gold_reward_funcs: Any) -> None:
-        self.trainer = trainer
+    def __init__(
+        self,
+        trainer: OnPolicyTrainer,
+        judge: Any,
+        gold_reward_funcs: Any,
+        compute_metrics: MetricsFunction | None = None,
+    ) -> None:
+        self.trainer, self.compute_metrics = trainer, compute_metrics
         self._specs = judge, gold_reward_funcs
         self._judge: PairwiseJudge | RewardSet | None = None
         self._gold: RewardSet | None = None
@@ -81,6 +93,11 @@ class Judged:
         for rewards in (self._judge, self._gold):
             if isinstance(rewards, RewardSet):
                 rewards.check(columns, conversational=conversational)
+        if self.compute_metrics is not None:
+            try:
+                check_signature(self.compute_metrics, {*columns, "rewards"})
+            except ValueError as error:
+                raise ValueError(f"compute_metrics is called as a reward function is: {error}") from error
 
     @property
     def judge_name(self) -> str:
@@ -148,13 +165,39 @@ class Judged:
         """Draw completions of held-out prompts, and say all that is measured of them. To be called on all ranks."""
         drawn = self._draw(data)
         ids = [of.completion.token_ids for of in drawn]
-        return {
+        figures = {
             **describe(drawn, self.trainer.rewards.names),
             **{f"distinct_{n}": distinct_n(ids, n) for n in (1, 2)},
             **token_figures(self.trainer, drawn),
             **self._gold_figures(data, drawn),
             **self._win_rate(data, drawn),
         }
+        return figures | self._own_figures(data, drawn, figures)
+
+    def _own_figures(self, data: Data, drawn: list[Drawn], taken: Collection[str]) -> dict[str, float]:
+        """What `compute_metrics` says.
+
+        Raises:
+            ValueError: it is no dict of numbers, or one has a name that is taken.
+        """
+        if self.compute_metrics is None:
+            return {}
+        columns, completions = self._given(data, drawn)
+        given: dict[str, Any] = {
+            **columns,
+            "completions": completions,
+            "completion_ids": [list(of.completion.token_ids) for of in drawn],
+            "sample_ids": [of.number for of in drawn],
+            "trainer_state": self.trainer.state,
+            "rewards": [of.reward for of in drawn],
+        }
+        found = self.compute_metrics(**accepted(self.compute_metrics, given))
+        if not isinstance(found, dict) or not all(isinstance(value, Real) for value in found.values()):
+            raise ValueError(f"compute_metrics must return a dict of numbers, got {found!r}")
+        again = sorted({*found} & {*taken})
+        if again:
+            raise ValueError(f"compute_metrics: evaluation has a figure {again[0]!r} already; rename it")
+        return {name: float(value) for name, value in found.items()}
 
     def _gold_figures(self, data: Data, drawn: list[Drawn]) -> dict[str, float]:
         if self._gold is None:
@@ -214,11 +257,11 @@ class Judged:
         return [reward for reward, _ in found]
 
     def _score(self, rewards: Any, data: Data, drawn: list[Drawn]) -> list[tuple[float, list[float]]]:
-        rows = [self._row(data, of) for of in drawn]
+        columns, completions = self._given(data, drawn)
         scores = rewards.score(
-            [row["prompt"] for row in rows],
-            [answer_of(row, of.completion) for row, of in zip(rows, drawn)],
-            {name: [row.get(name) for row in rows] for name in (rows[0] if rows else {}) if name != "prompt"},
+            columns.pop("prompts"),
+            completions,
+            columns,
             completion_ids=[list(of.completion.token_ids) for of in drawn],
             trainer_state=self.trainer.state,
         )
@@ -243,6 +286,14 @@ class Judged:
 
         verdicts = self._over_ranks(drawn, compare)
         return verdicts, [0.5] * len(verdicts)
+
+    def _given(self, data: Data, drawn: list[Drawn]) -> tuple[dict[str, list[Any]], list[Any]]:
+        """(prompts and the rows' other columns, completions as the prompts are)."""
+        rows = [self._row(data, of) for of in drawn]
+        names = [name for name in (rows[0] if rows else {}) if name != "prompt"]
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        completions = [answer_of(row, of.completion) for row, of in zip(rows, drawn)]
+        return columns | {"prompts": [row["prompt"] for row in rows]}, completions
 
     def _row(self, data: Data, of: Drawn) -> dict[str, Any]:
         return self.trainer.items[data.first + of.group]

@@ -25,7 +25,7 @@ from alignfast.rollout import ENGINES, RolloutEngine, Sampling
 from alignfast.trainers.batches import Counts, Data, Share, num_predictions, whole_on_ranks
 from alignfast.trainers.config import TrainerConfig, config
 from alignfast.trainers.experience import Drawn, Experience, describe, draw
-from alignfast.trainers.judged import Judged
+from alignfast.trainers.judged import Judged, MetricsFunction
 from alignfast.trainers.late import LateRewards
 from alignfast.trainers.loop import Trainer
 from alignfast.trainers.mismatch import MODES, correct
@@ -65,6 +65,8 @@ class OnPolicyConfig(TrainerConfig):
     """What samples: `native`, `transformers` for a model that can't be packed, or `vllm`, a server (EXPERIMENTAL)."""
     cuda_graphs: bool | None = None
     """Steps of the native engine's decoding as CUDA graphs; None: on a GPU."""
+    decode_backend: str | None = None
+    """Of the native engine's attention in decoding; `flash` is flash-attn 2 or 3. None: as `backend`."""
     vllm_server_base_url: str | None = None
     """Address of that server; its weights are brought up to date before each draw."""
     vllm_server_timeout: float = 240.0
@@ -109,10 +111,9 @@ class OnPolicyConfig(TrainerConfig):
             self._require(value is None or value >= 1, name, "at least 1")
         self._require(self.temperature > 0, "temperature", "above 0")
         self._choose("engine", *ENGINES)
-        native = self.engine == "native"
-        self._require(
-            native or self.cuda_graphs is None, "cuda_graphs", "None where the engine is not native"
-        )
+        for name in ("cuda_graphs", "decode_backend"):
+            fits = self.engine == "native" or getattr(self, name) is None
+            self._require(fits, name, "None where the engine is not native")
         self._choose("vllm_importance_sampling_mode", *MODES)
         given = self.vllm_server_base_url is not None
         self._require(
@@ -163,9 +164,10 @@ class OnPolicyTrainer(Trainer):
         rollout_func: RolloutFunc | None = None,
         judge: Any = None,
         gold_reward_funcs: Any = None,
+        compute_metrics: MetricsFunction | None = None,
         **rest: Any,
     ) -> None:
-        self.judged, self.shown = Judged(self, judge, gold_reward_funcs), Shown(self)
+        self.judged, self.shown = Judged(self, judge, gold_reward_funcs, compute_metrics), Shown(self)
         self.reward_funcs, self.rollout_func = reward_funcs, rollout_func
         self.scorers: RewardSet | None = None
         self.items: list[dict[str, Any]] = []  # the rows of all data, by their numbers
@@ -205,18 +207,14 @@ class OnPolicyTrainer(Trainer):
             if positions is not None and len(ids) > positions - most:
                 raise ValueError(
                     f"{rows.where(index)}: the prompt has {len(ids)} tokens, and the model's {positions} positions less "
-                    f"max_completion_length={most} leave {positions - most}"
+                    f"max_completion_length={most} leave {positions - most}: shorten it, or lower max_completion_length"
                 )
         del self.items[sum(len(data.trees) for data in self.all_data) :]
         self.items += rows.items
         trees = [Tree((), (tuple(ids),), ((False,) * len(ids),)) for ids in prompts]
         tokens = sum(map(len, prompts))
-        report = PrepareReport(
-            rows=len(trees),
-            tokens=tokens,
-            tokens_shared=tokens,
-            largest_token_id=max(map(max, prompts), default=-1),
-        )
+        largest = max(map(max, prompts), default=-1)
+        report = PrepareReport(rows=len(trees), tokens=tokens, tokens_shared=tokens, largest_token_id=largest)
         return Prepared(trees, report, list(range(len(trees))))
 
     def draw_size(self) -> tuple[int, int]:

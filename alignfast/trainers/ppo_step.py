@@ -63,7 +63,7 @@ def ppo_step(
         `policy/approxkl_avg`, `policy/entropy_avg` and others of PPOTrainer's. Draws follow torch.manual_seed.
 
     Raises:
-        ValueError: there are fewer than two prompts, an option is out of range, or rewards do not fit.
+        ValueError: there are fewer than two prompts, an option is out of range, or the reward is no function or does not fit.
         ModelRefused: the model can't be packed.
 
     >>> rate = lambda prompts, completions: [text.count("!") for text in completions]
@@ -115,7 +115,13 @@ def ppo_step(
 def _draw(
     policy: Policy, reward: Callable[..., Any], prompts: list[Any], tokenizer: Any, sampling: Sampling
 ) -> tuple[list[Completion], Tensor]:
-    """A completion of each prompt, and rewards_N."""
+    """A completion of each prompt, and rewards_N.
+
+    Raises:
+        ValueError: the reward is no function, or does not fit.
+    """
+    if not callable(reward):
+        raise ValueError(f"reward must be a function reward(prompts, completions), got {reward!r}")
     name = "transformers" if policy.layout == "padded" else "native"
     engine = make_engine(name, policy, _NoTokenizer() if tokenizer is None else tokenizer)  # type: ignore[arg-type]
     completions = [group[0] for group in engine.generate(prompts, sampling)]

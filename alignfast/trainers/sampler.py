@@ -63,5 +63,5 @@ def sampler_of(trainer: OnPolicyTrainer) -> tuple[WholeCopy | None, RolloutEngin
     if args.engine == "vllm":
         options = {"server_url": url, "server_timeout": timeout}
     elif args.engine == "native":
-        options = {"cuda_graphs": args.cuda_graphs}
+        options = {"cuda_graphs": args.cuda_graphs, "decode_backend": args.decode_backend}
     return copy, make_engine(args.engine, policy, trainer.processing_class, **options)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-BACKENDS = ("auto", "torch", "native", "triton")
+BACKENDS = ("auto", "torch", "native", "triton", "flash")  # `flash`, a library, has paged_attention alone
 # The order in which `auto` asks, by device type. On a GPU Triton comes first: it is what has been tuned there.
 _PREFERENCE = {"cpu": ("native", "torch"), "cuda": ("triton", "native", "torch")}
 _OPS: dict[str, dict[str, Any]] = {}
@@ -83,10 +83,12 @@ def report() -> dict[str, dict[str, str]]:
     'available'
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return {
-        op: {name: known[name].refusal(device, torch.float32) or "available" for name in known}
-        for op, known in _OPS.items()
-    }
+    return {op: {name: _state(known[name], device) for name in known} for op, known in _OPS.items()}
+
+
+def _state(implementation: Any, device: torch.device) -> str:
+    reasons = [implementation.refusal(device, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    return "available" if None in reasons else str(reasons[0])
 
 
 def never_refuses(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -8,7 +8,8 @@ where j runs over the tokens of sequence s, its newest last, whose key is stored
 
 Letters: S sequences, H query heads, K key heads (H a multiple of K), E head width, N pages, P tokens of a page, M pages
 of a sequence at most.
-Not done here: a gradient, more than one token a sequence, storing keys. There is no CUDA C++: Triton serves a GPU.
+Not done here: a gradient, more than one token a sequence, storing keys. There is no CUDA C++: Triton serves a GPU, and
+flash-attn where it is asked for by name.
 """
 
 from __future__ import annotations
@@ -43,14 +44,15 @@ def paged_attention(
     Args:
         query_SHE: one query a sequence.
         key_NPKE: all pages of keys, contiguous, K dividing H.
-        value_NPKE: values, of the keys' shape. What lies beyond a sequence's length is never used, and may be NaN.
+        value_NPKE: values, of the keys' shape. What lies beyond a sequence's length is never used, and may be NaN; for
+            `flash` it must be finite.
         pages_SM: int32 numbers of each sequence's pages, in order; any page in places that are not reached.
         length_S: int32 tokens of each sequence, its newest included, in [1, M * P]. Trusted, as the pages are: to look
             would wait for the device.
         scale: factor on the scores; None is E ** -0.5.
         window: a key counts when its distance to the query is below it; None is no limit.
         softcap: scores become softcap * tanh(score / softcap); None is no cap.
-        backend: `auto`, `torch`, `native` (a CPU's) or `triton`.
+        backend: `auto`, `torch`, `native` (a CPU's), `triton`, or `flash`, which `auto` never takes.
 
     Returns:
         Output of the queries' shape and dtype.
@@ -194,4 +196,23 @@ class _Triton:
         return paged_attention_triton.forward(*arguments)
 
 
-register("paged_attention", _Torch, _Native, _Triton)
+class _Flash:
+    """paged_attention_flash.py, which imports flash-attn on the first call."""
+
+    name = "flash"
+
+    @staticmethod
+    def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+        """That the library is not there, among others."""
+        from alignfast.kernels import paged_attention_flash
+
+        return paged_attention_flash.refusal(device, dtype)
+
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        from alignfast.kernels import paged_attention_flash
+
+        return paged_attention_flash.forward(*arguments)
+
+
+register("paged_attention", _Torch, _Native, _Triton, _Flash)

@@ -205,6 +205,11 @@ def test_a_coefficient_goes_to_the_folders_of_ensembles(tmp_path: Path) -> None:
 def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelRefused, match=r"score\.weight is not in its weights \(a language model has no"):
         load_reward(save(tmp_path / "lm", make_llama()))
+    make_model().save_pretrained(tmp_path / "mute")
+    with pytest.raises(
+        ValueError, match=r"mute holds no tokenizer that can be loaded: save the model's own there"
+    ):
+        load_reward(tmp_path / "mute")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelRefused, match=r"there is no config\.json"):
         load_reward(tmp_path / "empty")

@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 from models.zoo import make as make_model
+from ops.test_paged_attention_flash import FlashAttn2
 from torch import Tensor
 from trainers.tiny import WORDS, make_gpt2_with_dropout, make_llama, make_tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from alignfast import GRPOConfig
 from alignfast.data import Tree, pack
+from alignfast.kernels import paged_attention_flash
 from alignfast.models.attention import ModelRefused
 from alignfast.models.policy import Policy
 from alignfast.rollout import Completion, RolloutEngine, Sampling, make_engine
@@ -341,6 +344,33 @@ def test_a_cache_that_holds_no_sequence_is_refused() -> None:
     engine = engine_of("native", make_llama(), cache_tokens=16)
     with pytest.raises(ValueError, match="cache_tokens=16 is too few"):
         engine.generate(["a"], Sampling(max_new_tokens=30))
+
+
+def test_decoding_by_flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pages are of 256 tokens: prompts that share one, that fill one, and answers that run into the next."""
+    monkeypatch.setattr(
+        paged_attention_flash, "library", lambda device: paged_attention_flash.Library(2, FlashAttn2)
+    )
+    monkeypatch.setattr(paged_attention_flash, "refusal", lambda device, dtype: None)
+    policy = Policy(make_llama(3, initializer_range=0.5, max_position_embeddings=512).eval())
+    prompts = [[5 + i % 20 for i in range(length)] for length in (250, 256, 3, 250)]
+    sampling = Sampling(max_new_tokens=12, n=2, seed=4, stop_token_ids=())
+    flash = NativeEngine(policy, TOKENIZER, decode_backend="flash")
+    found, expected = (
+        engine.generate(prompts, sampling) for engine in (flash, NativeEngine(policy, TOKENIZER))
+    )
+    assert flash.page == 256
+    for ours, theirs in zip(found, expected):
+        for a, b in zip(ours, theirs):
+            assert a.token_ids == b.token_ids
+            assert a.logps == pytest.approx(b.logps, abs=1e-5)
+
+
+def test_flash_attn_that_can_not_be_had_is_refused_before_anything_is_drawn() -> None:
+    with pytest.raises(RuntimeError, match="backend='flash': flash-attn needs a CUDA tensor, got cpu"):
+        make_engine("native", Policy(make_llama()), TOKENIZER, decode_backend="flash")
+    with pytest.raises(ValueError, match="decode_backend must be None where the engine is not native"):
+        GRPOConfig(engine="transformers", decode_backend="flash")
 
 
 def test_a_model_without_numbers_is_an_error() -> None:

@@ -386,7 +386,7 @@ def test_metrics_bear_trls_names(tmp_path):
         (dict(max_length=64), "max_length must be None"),
         (dict(engine="vlm"), "engine must be one of native, transformers, vllm"),
         (dict(engine="vllm"), "vllm_server_base_url must be given with"),
-        (dict(max_completion_length=63), "index 0: the prompt has 2 tokens, and the model's 64 positions"),
+        (dict(max_completion_length=63), "index 0: the prompt has 2 tokens, .* leave 1: shorten it, or lower max_comp"),
         (dict(rows=[{"prompt": ""}]), "index 0: column 'prompt' is empty"),
         (dict(rows=[{"question": "a"}]), r"columns \(question\) make no format that is taken here: prompt"),
         (dict(reward_funcs="numerik"), "there is no reward 'numerik'; did you mean 'numeric'"),

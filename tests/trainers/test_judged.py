@@ -187,6 +187,50 @@ def test_a_judge_that_can_not_judge_is_told_before_training(tmp_path):
     assert trainer.state.global_step == 0
 
 
+def test_figures_of_your_own(tmp_path):
+    """Of what was drawn, with its rewards and the rows' columns; resumed, they are those of the run."""
+    seen = []
+
+    def longest(prompts, completions, completion_ids, sample_ids, rewards, answer, trainer_state):
+        seen.append((prompts, completions, completion_ids, rewards, answer, trainer_state.global_step))
+        assert len(set(sample_ids)) == 9
+        return {"longest": max(map(len, completion_ids)), "best": max(rewards)}
+
+    trainer = make_evaluated(
+        tmp_path, compute_metrics=longest, max_steps=2, eval_strategy="steps", eval_steps=2
+    )
+    trainer.train()
+    figures, drawn = trainer.evaluate(), drawn_by(trainer)
+    assert figures["eval_longest"] == max(len(of.completion.token_ids) for of in drawn)
+    assert figures["eval_best"] == pytest.approx(max(of.reward for of in drawn))
+    assert logged(trainer, "eval_longest") == [figures["eval_longest"]] * 2  # of the run, and of now
+    assert [step for *_, step in seen] == [2, 2]
+    prompts, completions, ids, _, answers, _ = seen[0]
+    assert (prompts, answers) == ([row["prompt"] for row in HELD_OUT for _ in range(3)], list("aaabbbccc"))
+    assert completions == [of.completion.text for of in drawn]
+    assert ids == [list(of.completion.token_ids) for of in drawn]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda completions: 3.0, "must return a dict of numbers, got 3.0"),
+        (lambda completions: {"most": "many"}, "must return a dict of numbers, got {'most': 'many'}"),
+        (lambda rewards: {"reward": 1.0}, "has a figure 'reward' already; rename it"),
+    ],
+)
+def test_figures_that_are_none_are_told(tmp_path, function, message):
+    with pytest.raises(ValueError, match=message):
+        make_evaluated(tmp_path, compute_metrics=function).evaluate()
+
+
+def test_figures_of_columns_that_are_not_there_are_told_before_training(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"compute_metrics is called as a reward function is: .* needs 'gold'"
+    ):
+        make_evaluated(tmp_path, compute_metrics=lambda completions, gold: {})
+
+
 @pytest.mark.parametrize(
     "judge", [Pairwise(lambda a, b: None), lambda completions, **columns: [None] * len(completions)]
 )

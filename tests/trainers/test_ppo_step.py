@@ -126,6 +126,7 @@ def test_prompts_in_every_form_are_the_same():
         (dict(tokenizer=None), "prompts are texts: give their tokenizer"),
         (dict(num_iterations=0), "expected num_iterations >= 1"),
         (dict(temperature=0.0), "temperature > 0"),
+        (dict(reward="numeric"), r"must be a function reward\(prompts, completions\), got 'numeric'"),
         (dict(reward=lambda p, c: [1.0]), "reward must give 2 numbers"),
         (dict(reward=lambda p, c: [math.inf, 1.0]), "finite numbers"),
         (dict(reward=lambda p, c: [None, None]), "finite numbers"),

@@ -9,7 +9,7 @@ import torch
 from trainers.tiny import make_llama, make_pairs, make_rows, make_thumbs, make_tokenizer
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from alignfast import DPOTrainer, GRPOTrainer, KTOTrainer, PPOTrainer
+from alignfast import DPOConfig, DPOTrainer, GRPOTrainer, KTOTrainer, PPOTrainer
 from alignfast.models import load_policy
 from alignfast.trainers.reference import ReferenceOptions, make_reference
 
@@ -82,6 +82,18 @@ def test_adapters_that_came_with_the_model_are_part_of_its_reference(tmp_path):
     start = dict(with_trained_adapters().named_parameters())
     moved = {name: p for name, p in own.model.named_parameters() if p.requires_grad}
     assert all(not torch.equal(p, start[name]) for name, p in moved.items())
+
+
+def test_what_is_no_model_is_no_reference(tmp_path):
+    """As in TRL the second argument is the reference: a config there is told."""
+    trainer = DPOTrainer(
+        make_llama(), DPOConfig(), train_dataset=make_pairs(4), processing_class=make_tokenizer(),
+        output_dir=str(tmp_path),
+    )  # fmt: skip
+    with pytest.raises(
+        ValueError, match="expected a model, its folder or its name on the hub, got DPOConfig"
+    ):
+        trainer.train()
 
 
 def test_the_model_itself_is_no_reference(tmp_path):
