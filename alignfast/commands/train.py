@@ -127,6 +127,19 @@ _MORE_OPTIONS = {
 
 def run(command: str, argv: Sequence[str]) -> None:
     """Train as the options say; the final model, its card and report.html lie in output_dir."""
+    from alignfast.trainers.interrupt import TrainingInterrupted
+    from alignfast.trainers.machine import leave_ranks
+
+    try:
+        _train(command, argv)
+    except TrainingInterrupted as leaving:
+        leaving.with_traceback(None)  # whose frames hold the trainer
+        leave_ranks()
+        raise
+    leave_ranks()
+
+
+def _train(command: str, argv: Sequence[str]) -> None:
     trainer_class = getattr(alignfast, _TRAINERS[command])
     classes = [
         RunOptions,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from alignfast.models.trunk import Trunk
@@ -61,6 +62,20 @@ def make_accelerator(config: TrainerConfig) -> Accelerator:
     if config.fsdp and accelerator.mixed_precision == "fp16":
         raise ValueError("fsdp=True has no loss scale for fp16: use bf16=True")
     return accelerator
+
+
+def leave_ranks() -> None:
+    """End the process group where there is one; for the end of a process, when its trainers are out of reach.
+
+    The group lives as long as somebody holds it: DDP's reducer, or the mesh of a sharded weight, which DTensor's caches
+    keep for ever. Where it lives on, so do gloo's threads, and one that frees a tensor while the interpreter ends makes
+    the process hang or abort: once in some fifteen ends on a busy machine (torch 2.13).
+    """
+    gc.collect()  # a trainer and its callbacks hold each other
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    for mesh in [thing for thing in gc.get_objects() if type(thing) is DeviceMesh]:
+        getattr(mesh, "_pg_registry", {}).clear()  # torch 2.11 has none, and finds groups by name
 
 
 def wrap(policy: Trunk, config: TrainerConfig, accelerator: Accelerator) -> Any:

@@ -29,6 +29,7 @@ from transformers import TrainerCallback
 from alignfast import DPOTrainer, GRPOTrainer, KTOTrainer, PPOTrainer, RewardTrainer, SFTTrainer
 from alignfast.rewards import LATE
 from alignfast.trainers.interrupt import TrainingInterrupted
+from alignfast.trainers.machine import leave_ranks
 from alignfast.trainers.state import whole
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -175,7 +176,9 @@ def main(root: Path) -> None:
             run(root / sharding / method, method, fsdp=sharding == "fsdp")
             if method in RESUMED:
                 run(root / sharding / method, method, fsdp=sharding == "fsdp", resume=True)
-    torch.distributed.destroy_process_group()
+    leave_ranks()
+    threads = [Path("/proc/self/task", task, "comm").read_text() for task in os.listdir("/proc/self/task")]
+    assert not any("gloo" in name for name in threads), f"threads of a process group live on: {threads}"
 
 
 if __name__ == "__main__":
