@@ -3,6 +3,7 @@
     weight of a vote      w = min(1, most / n_v)         n_v votes of voter v; all anonymous voters are one
     agreement of v        k_v of n_v judgements are those of the majority of the others on the same
     flagged               P(Binomial(n_v, p) <= k_v) < 0.05 / V      p the rate of all others, V voters compared
+    contrary              the same, with p = min(1/2, the rate of all others)
 
 Ties, edits and hints judge nothing here. That somebody is flagged says that they differ, not that they are wrong.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import NamedTuple
@@ -128,6 +129,27 @@ def agreement(found: Iterable[Judgement]) -> list[Agreement]:
                 agreed[user] += yes == (for_it > against)
     rows = [_agreement(user, agreed, compared) for user in compared]
     return sorted(rows, key=lambda row: (row.agreed / row.compared, row.user))
+
+
+def contrary(agreed: Mapping[str, int], compared: Mapping[str, int]) -> frozenset[str]:
+    """Users who disagree more often than they agree, and than the others do, by more than chance.
+
+    Who agrees less than the others is no contrarian yet, and where everybody disagrees nobody is.
+
+    Args:
+        agreed: judgements of each user that agree.
+        compared: judgements of each user.
+
+    >>> sorted(contrary({"ada": 18, "bob": 11, "eve": 2, "new": 0}, {"ada": 20, "bob": 20, "eve": 20, "new": 3}))
+    ['eve']
+    """
+    found, k_all, n_all = [], sum(agreed.values()), sum(compared.values())
+    for user, n in compared.items():
+        k, rest = agreed[user], n_all - n
+        chance = min(0.5, (k_all - agreed[user]) / rest) if rest else 0.5
+        if k < chance * n and _tail(k, n, chance) < _LEVEL / len(compared):
+            found.append(user)
+    return frozenset(found)
 
 
 def _agreement(user: str, agreed: Counter[str], compared: Counter[str]) -> Agreement:

@@ -10,7 +10,7 @@ import pytest
 from alignfast.online.feedback import Judged, Shown, Vote
 from alignfast.online.store import Store
 from alignfast.online.store.stats import store_stats
-from alignfast.online.voters import Judgement, agreement, distinct, judgements, voter_weights
+from alignfast.online.voters import Judgement, agreement, contrary, distinct, judgements, voter_weights
 from alignfast.online.voters import _tail as tail
 
 
@@ -118,3 +118,20 @@ def test_stats(store: Store) -> None:
     assert "eve: agrees in 0 of 10" in text
     assert "12, 2 without a vote" in text
     assert found.to_dict()["satisfaction"]["p1"]["estimate"] == rate.estimate
+
+
+def rated(draw: random.Random, rates: list[float], judged: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Who agrees how often, and of how many."""
+    agreed = {f"{i}": sum(draw.random() < rate for _ in range(judged)) for i, rate in enumerate(rates)}
+    return agreed, dict.fromkeys(agreed, judged)
+
+
+def test_who_is_contrary_and_who_is_only_different() -> None:
+    draw = random.Random(0)
+    assert contrary(*rated(draw, [0.9] * 38 + [0.1] * 2, 60)) == {"38", "39"}
+    # of 200 tables of people who press any key, one in twenty has somebody who is taken for a contrarian
+    assert sum(bool(contrary(*rated(draw, [0.9] * 19 + [0.5], 60))) for _ in range(200)) <= 10
+    assert not contrary(*rated(draw, [0.95] * 39 + [0.6], 400))  # unlike the others, and mostly of their mind
+    assert not contrary(*rated(draw, [0.0] * 2 + [0.9] * 38, 5))  # too new to tell
+    assert not contrary(*rated(draw, [0.1] * 40, 60))  # tastes have changed, or the model is wrong
+    assert contrary({}, {}) == frozenset()

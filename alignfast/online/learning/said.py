@@ -14,13 +14,16 @@ Not done here: tokens; what a vote weighs beside others of its voter (votes.py).
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from alignfast.online.feedback import ANONYMOUS, TIE, Judged, Kind, Prompt, voter_of
 from alignfast.online.learning.votes import Weighed
+from alignfast.online.voters import contrary
 
 RATINGS = 5
 
@@ -77,6 +80,53 @@ def said_of(
     """
     found = (said for one in weighed for said in _said(one, edit_kept, implicit_weight))
     return [said for said in found if all(text.strip() for text in said.texts)]
+
+
+def pairs_of(said: Said) -> list[tuple[int, int, bool]]:
+    """(better, worse, whether they are tied) of each two answers of a comparison."""
+    place = [i for i, number in enumerate(said.places) for _ in range(number)]
+    return [(i, j, place[i] == place[j]) for i, j in itertools.combinations(range(len(place)), 2)]
+
+
+def judged_leads(said: Sequence[Said], rewards: Sequence[Any]) -> Iterator[tuple[float, str]]:
+    """(reward of what somebody found better less that of the worse, who) of each judgement.
+
+    Args:
+        said: votes.
+        rewards: of each vote's answers.
+
+    >>> votes = [Said("thumb", "a", ("x",), above=(True,), user="ada"), Said("thumb", "b", ("y",), above=(False,), user="ada")]
+    >>> list(judged_leads(votes, [[2.0], [0.5]]))
+    [(1.5, 'ada')]
+    """
+    verdicts: dict[tuple[str, str, str], list[tuple[int, float]]] = defaultdict(list)
+    for one, reward_K in zip(said, rewards):
+        if one.above:
+            verdicts[one.kind, one.user, one.whole].append((sum(one.above), float(reward_K[0])))
+        for better, worse, tied in pairs_of(one):
+            if not tied:
+                yield float(reward_K[better] - reward_K[worse]), one.whole
+    for (_, _, whole), of in verdicts.items():
+        for (first, reward), (second, other) in itertools.pairwise(of):
+            if first != second:
+                yield (reward - other if first > second else other - reward), whole
+
+
+def find_contrary(said: Sequence[Said], rewards: Sequence[Any]) -> frozenset[str]:
+    """Users whose votes contradict the rewards; a comparison of more than two answers is one judgement, by its sum."""
+    verdicts: dict[str, list[tuple[Said, Any]]] = defaultdict(list)
+    leads: dict[str, list[float]] = defaultdict(list)
+    for one, reward_K in zip(said, rewards):
+        if one.user == ANONYMOUS:
+            continue
+        if one.above:
+            verdicts[one.user].append((one, reward_K))
+        else:
+            leads[one.user].append(sum(lead for lead, _ in judged_leads([one], [reward_K])))
+    for user, of in verdicts.items():
+        leads[user] += [lead for lead, _ in judged_leads(*zip(*of))]
+    agreed = {user: sum(lead > 0 for lead in of) for user, of in leads.items()}
+    return contrary(agreed, {user: sum(lead != 0 for lead in of) for user, of in leads.items()})
 
 
 def _said(weighed: Weighed, edit_kept: float, implicit_weight: float) -> Iterator[Said]:

@@ -7,7 +7,10 @@ of more answers without a tie is Plackett and Luce's; one with ties is taken apa
 each, which is that of the K - 1 choices of a ranking.
 
 Levels, offsets of voters and nu follow from the rewards of all votes (levels.py). These are computed once before training,
-and each is noted anew when its vote is trained on: they are as old as an epoch at most, and a checkpoint holds them.
+and each is noted anew when its vote is trained on, before the step that learns it: they are as old as an epoch at most, and a
+checkpoint holds them. By the same rewards users are found whose votes contradict them by more than chance: most answers are
+seen by one user alone, so that people can be compared by the model only. In the first pass no vote has taught the reward that
+it is compared with.
 
 Not done here: several ranks; held-out accuracy, which is of judgements and not of this loss (update.py).
 """
@@ -16,7 +19,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -31,7 +33,7 @@ from alignfast.data.formats import Rows
 from alignfast.data.tokenize import Encoder
 from alignfast.losses import comparison_loss, ranking_loss, verdict_loss
 from alignfast.online.learning.levels import fit_levels, fit_ties
-from alignfast.online.learning.said import Said
+from alignfast.online.learning.said import Said, find_contrary, pairs_of
 from alignfast.online.learning.votes import DAY, VoteLimits
 from alignfast.trainers.batches import NO_DATA, Counts, Data, Share, join_data
 from alignfast.trainers.config import config
@@ -65,6 +67,8 @@ class FeedbackConfig(RewardConfig):
     """That period in seconds, > 0."""
     flagged_weight: float = 1.0
     """What votes of a flagged user weigh, by those of others, in [0, 1]; 0 leaves them out."""
+    contrary_weight: float = 1.0
+    """What votes of a user weigh who says the reverse of what the model learns from the others, in [0, 1]."""
     replay_ratio: float = 1.0
     """Old votes trained on again, by the number of new ones at most, >= 0."""
     peft: dict[str, Any] | None = None
@@ -74,7 +78,7 @@ class FeedbackConfig(RewardConfig):
         super().__post_init__()
         self._require(self.voter_prior > 0, "voter_prior", "above 0")
         self._require(self.level_period is None or self.level_period > 0, "level_period", "above 0, or None")
-        for name in ("edit_kept", "implicit_weight"):
+        for name in ("edit_kept", "implicit_weight", "contrary_weight"):
             self._require(0 <= getattr(self, name) <= 1, name, "in [0, 1]")
         self._require(self.replay_ratio >= 0, "replay_ratio", "at least 0")
         _ = self.vote_limits  # tells a wrong option
@@ -103,6 +107,7 @@ class FeedbackTrainer(RewardTrainer):
     config_class: ClassVar[type[FeedbackConfig]] = FeedbackConfig
 
     def __init__(self, model: Any, args: FeedbackConfig | None = None, *more: Any, **rest: Any) -> None:
+        self.contrary: frozenset[str] = frozenset()  # users whose votes contradict what the others' teach
         self.said: dict[int, Said] = {}  # by the number of the row
         self.seen: dict[int, list[float]] = {}  # mean over heads of each answer's reward, likewise
         super().__init__(model, args, *more, **rest)
@@ -123,6 +128,7 @@ class FeedbackTrainer(RewardTrainer):
     def before_step(self, data: Data, share: Share) -> None:
         """Levels, offsets and nu from the rewards as they were last seen."""
         self.shared = _Shared.fit(self.said, self.seen, self.args)
+        self.contrary = self.find_contrary()
 
     def compute_loss(self, batch: Batch, counts: Counts, router_weight: float) -> tuple[Tensor, Metrics]:
         """The weighted loss of votes, a mean over the step's and over heads."""
@@ -134,7 +140,7 @@ class FeedbackTrainer(RewardTrainer):
             for number, rewards_KH in zip(batch.rows, each):
                 self.seen[number] = rewards_KH.detach().mean(1).tolist()
             loss_NH = _losses(rows, batch.rows, each, self.shared)
-            weight_N = torch.tensor([said.weight for said in rows]).to(loss_NH)
+            weight_N = torch.tensor([self.weight(said) for said in rows]).to(loss_NH)
             loss_NH = loss_NH * weight_N[:, None]
             if drawn_NH is not None:
                 loss_NH = loss_NH * drawn_NH[list(batch.rows)].to(loss_NH)
@@ -143,6 +149,14 @@ class FeedbackTrainer(RewardTrainer):
 
         loss, sums = self.policy(batch, loss_fn)
         return loss, means(sums, {"mean_reward": counts["answers"]})
+
+    def find_contrary(self) -> frozenset[str]:
+        """Users whose votes contradict the rewards as they were last seen."""
+        return find_contrary(list(self.said.values()), [self.seen[number] for number in self.said])
+
+    def weight(self, said: Said) -> float:
+        """Of a vote, less where its user is contrary."""
+        return said.weight * (self.args.contrary_weight if said.user in self.contrary else 1.0)
 
     def save_more(self, folder: Path) -> None:
         """The rewards as they were last seen."""
@@ -246,12 +260,6 @@ class _Shared(NamedTuple):
                 cuts[number].append(float(cut))
         log_nu = fit_ties(*map(np.asarray, zip(*duels))) if duels else -np.inf
         return cls(dict(cuts), log_nu)
-
-
-def pairs_of(said: Said) -> list[tuple[int, int, bool]]:
-    """(better, worse, whether they are tied) of each two answers of a comparison."""
-    place = [i for i, number in enumerate(said.places) for _ in range(number)]
-    return [(i, j, place[i] == place[j]) for i, j in combinations(range(len(place)), 2)]
 
 
 def _losses(rows: list[Said], numbers: Sequence[int], each: Sequence[Tensor], shared: _Shared) -> Tensor:

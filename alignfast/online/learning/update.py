@@ -12,11 +12,9 @@ Not done here: who is held out (the loop).
 
 from __future__ import annotations
 
-import itertools
 import random
 import shutil
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +25,8 @@ from transformers import PreTrainedTokenizerBase
 from alignfast.evaluation.calibration import calibration
 from alignfast.models import RewardModel
 from alignfast.online.feedback import Judged
-from alignfast.online.learning.said import Said, said_of
-from alignfast.online.learning.trainer import FeedbackConfig, FeedbackTrainer, pairs_of, plant
+from alignfast.online.learning.said import Said, judged_leads, said_of
+from alignfast.online.learning.trainer import FeedbackConfig, FeedbackTrainer, plant
 from alignfast.online.learning.votes import Weighed, weigh
 from alignfast.online.voters import distinct
 
@@ -96,6 +94,7 @@ def update_reward(
         before = held_out_figures(trainer.module, trainer.processing_class, held, args)
         figures |= {f"{name}_before": value for name, value in before.items() if name == "reward_accuracy"}
     trainer.train(resume_from_checkpoint=(output_dir / "checkpoints").exists())
+    figures["users_contrary"] = len(trainer.find_contrary())
     figures |= held_out_figures(trainer.module, trainer.processing_class, held, args)
     shutil.rmtree(output_dir / "model", ignore_errors=True)
     trainer.save_model(str(output_dir / "model"))
@@ -127,30 +126,6 @@ def held_out_figures(
         "reward_ece": found.ece,
         "reward_judgements": len(leads),
     }
-
-
-def judged_leads(said: Sequence[Said], rewards: Sequence[Any]) -> Iterator[tuple[float, str]]:
-    """(reward of what somebody found better less that of the worse, who) of each judgement.
-
-    Args:
-        said: votes.
-        rewards: of each vote's answers.
-
-    >>> votes = [Said("thumb", "a", ("x",), above=(True,), user="ada"), Said("thumb", "b", ("y",), above=(False,), user="ada")]
-    >>> list(judged_leads(votes, [[2.0], [0.5]]))
-    [(1.5, 'ada')]
-    """
-    verdicts: dict[tuple[str, str, str], list[tuple[int, float]]] = defaultdict(list)
-    for one, reward_K in zip(said, rewards):
-        if one.above:
-            verdicts[one.kind, one.user, one.whole].append((sum(one.above), float(reward_K[0])))
-        for better, worse, tied in pairs_of(one):
-            if not tied:
-                yield float(reward_K[better] - reward_K[worse]), one.whole
-    for (_, _, whole), of in verdicts.items():
-        for (first, reward), (second, other) in itertools.pairwise(of):
-            if first != second:
-                yield (reward - other if first > second else other - reward), whole
 
 
 def _drawn(judged: Sequence[Judged], most: int, seed: int) -> list[Judged]:

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from alignfast.online.feedback import TIE, Judged, Shown, Vote
-from alignfast.online.learning.said import Said, is_mended, said_of
-from alignfast.online.learning.trainer import pairs_of
+from alignfast.online.learning.said import Said, find_contrary, is_mended, pairs_of, said_of
 from alignfast.online.learning.votes import Weighed
 
 
@@ -77,3 +76,22 @@ def test_what_an_anonymous_voter_says_belongs_with_its_prompt() -> None:
     assert Said("thumb", "a", ("b",), user="anonymous").whole == '"a"'
     assert Said("thumb", "a", ("b",), user="anonymous:3").whole == "anonymous"
     assert Said("thumb", "a", ("b",), user="ada").whole == "ada"
+
+
+def test_users_who_contradict_the_rewards() -> None:
+    """By comparisons, and by verdicts that differ: how easily somebody is pleased says nothing."""
+
+    def people(user: str, sign: int, number: int) -> list[tuple[Said, list[float]]]:
+        order = [1.0, 0.5, 0.0][::sign]
+        ranked = [(Said("ranking", "a", ("x", "y", "z"), (1, 1, 1), user=user), order)] * number
+        up, down = (Said("thumb", "a", ("x",), above=(above,), user=user) for above in (True, False))
+        return [*ranked, (up, [sign * 1.0]), (down, [sign * -1.0])] * 2
+
+    said, rewards = zip(
+        *(one for u in range(9) for one in people(f"user {u}", 1, 10)),
+        *people("eve", -1, 10),
+        *people("new", -1, 1),
+        *people("anonymous", -1, 10),
+        *[(Said("thumb", "a", ("x",), above=(True,), user="pleased"), [-9.0])] * 30,
+    )
+    assert find_contrary(said, rewards) == {"eve"}

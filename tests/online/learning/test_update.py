@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from online.learning.people import OPTIONS, liking, make_start, votes_of
@@ -15,10 +18,11 @@ from trainers.tiny import make_tokenizer
 
 from alignfast.models import load_reward_model
 from alignfast.online.feedback import KINDS, Judged, Kind
-from alignfast.online.learning.said import Said, said_of
-from alignfast.online.learning.trainer import FeedbackConfig, FeedbackTrainer
-from alignfast.online.learning.update import RewardUpdate, judged_leads, update_reward
+from alignfast.online.learning.said import Said, judged_leads, said_of
+from alignfast.online.learning.trainer import FeedbackConfig, FeedbackTrainer, plant
+from alignfast.online.learning.update import RewardUpdate, held_out_figures, update_reward
 from alignfast.online.learning.votes import Weighed
+from alignfast.online.loop.reward import _merged
 
 
 @pytest.fixture(scope="module")
@@ -89,20 +93,26 @@ def test_a_killed_update_goes_on_and_ends_alike(
         {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2},
     )
     whole = update(start, tmp_path / "whole", votes, held, **options)
+    with killed_at(9, monkeypatch), pytest.raises(KeyboardInterrupt):
+        update(start, tmp_path / "killed", votes, held, **options)
+    again = update(start, tmp_path / "killed", votes, held, **options)
+    assert weights(again) == weights(whole)
+    assert again.figures == whole.figures
+
+
+@contextmanager
+def killed_at(number: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An update within it dies at its step of this number."""
     step = FeedbackTrainer.compute_loss
 
     def killed(self: FeedbackTrainer, *args: Any) -> Any:
-        if self.state.global_step == 9:
+        if self.state.global_step == number:
             raise KeyboardInterrupt
         return step(self, *args)
 
     with monkeypatch.context() as patched:
         patched.setattr(FeedbackTrainer, "compute_loss", killed)
-        with pytest.raises(KeyboardInterrupt):
-            update(start, tmp_path / "killed", votes, held, **options)
-    again = update(start, tmp_path / "killed", votes, held, **options)
-    assert weights(again) == weights(whole)
-    assert again.figures == whole.figures
+        yield
 
 
 def test_heads_texts_and_conversations(start: Path, tmp_path: Path) -> None:
@@ -189,3 +199,69 @@ def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
 
 def weights(found: RewardUpdate) -> bytes:
     return (found.folder / "model.safetensors").read_bytes()
+
+
+def test_who_contradicts_what_the_others_teach_is_not_heard(start: Path, tmp_path: Path) -> None:
+    """Two of 20 users say the reverse. Each answer is seen by one user alone."""
+    first = update(start, tmp_path / "first", votes_of("ranking", 400, seed=2), [], num_train_epochs=2)
+    honest, held = votes_of("ranking", 400), votes_of("pair", 30, seed=7)
+
+    votes = [
+        one
+        if int(one.vote.user.split()[-1]) > 1
+        else Judged(replace(one.vote, value=one.vote.value[::-1]), one.answers)
+        for one in honest
+    ]
+    unheard = update(first.folder, tmp_path / "unheard", votes, held, contrary_weight=0.0)
+    assert unheard.figures["users_contrary"] == 2
+    heard = update(first.folder, tmp_path / "heard", votes, held, contrary_weight=1.0)
+    assert heard.figures["users_contrary"] == 2  # told, and heard
+    assert weights(heard) != weights(unheard)
+
+
+PEFT: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+
+
+def test_adapters_and_head_go_from_version_to_version(start: Path, tmp_path: Path) -> None:
+    """Saved, loaded and gone on from: rewards are the same to the bit, and the base is nobody's to change."""
+    base = load_file(start / "model.safetensors")
+    votes, held = votes_of("pair", 100), votes_of("pair", 60, seed=7)
+    first = update(start, tmp_path / "1", votes, held, peft=PEFT)
+    saved = adapters(first)
+    assert not (first.folder / "model.safetensors").exists()
+    assert any("lora_A" in name for name in saved)
+    assert any("score" in name for name in saved)
+    second = update(
+        first.folder, tmp_path / "2", votes_of("rating", 40, seed=1), held, replay=votes, peft=PEFT
+    )
+    assert second.figures["reward_accuracy_before"] == first.figures["reward_accuracy"]
+    assert adapters(second).keys() == saved.keys()  # the same adapters, not further ones on top
+    for name, tensor in adapters(second).items():
+        assert not torch.equal(tensor, saved[name]), name
+    for name, tensor in load_file(start / "model.safetensors").items():
+        assert torch.equal(tensor, base[name]), name
+    args, said = FeedbackConfig(**OPTIONS), said_of([Weighed(one, 1.0) for one in held])
+    trees = plant(said, make_tokenizer(), None).trees
+    folder = _merged(second.folder)  # as the loop publishes it
+    rewards = {path: load_reward_model(str(path)).score(trees) for path in (second.folder, folder)}
+    figures = held_out_figures(load_reward_model(str(second.folder)), make_tokenizer(), said, args)
+    assert figures.items() <= second.figures.items()
+    np.testing.assert_allclose(rewards[folder], rewards[second.folder], rtol=1e-4, atol=1e-5)
+    third = update(folder, tmp_path / "3", votes, held, peft=PEFT)
+    assert third.figures["reward_accuracy_before"] == second.figures["reward_accuracy"]
+
+
+def test_a_killed_update_of_adapters_goes_on_and_ends_alike(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    votes, options = votes_of("pair", 60), {"save_strategy": "steps", "save_steps": 2, "peft": PEFT}
+    whole = update(start, tmp_path / "whole", votes, [], **options)
+    with killed_at(3, monkeypatch), pytest.raises(KeyboardInterrupt):
+        update(start, tmp_path / "killed", votes, [], **options)
+    again = update(start, tmp_path / "killed", votes, [], **options)
+    for name, tensor in adapters(whole).items():
+        assert torch.equal(adapters(again)[name], tensor), name
+
+
+def adapters(found: RewardUpdate) -> dict[str, torch.Tensor]:
+    return load_file(found.folder / "adapter_model.safetensors")
