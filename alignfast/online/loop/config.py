@@ -6,7 +6,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-from alignfast.online.feedback import KINDS
+from alignfast.online.feedback import KINDS, SAID
 from alignfast.online.learning.gate import GateConfig
 from alignfast.online.learning.trainer import FeedbackConfig
 from alignfast.trainers.config import TrainerConfig, config
@@ -44,7 +44,7 @@ class OnlineConfig:
     """Or after so many seconds with any. None waits for min_votes."""
     poll_seconds: float = 5.0
     """How often the store is looked at while there is something to wait for."""
-    kinds: list[str] = field(default_factory=lambda: [kind for kind in KINDS if kind != "implicit"])
+    kinds: list[str] = field(default_factory=lambda: list(SAID))
     """Kinds of votes that are learned from. Hints (`implicit`) are left out unless named."""
     votes_per_user: int | None = 100
     """Of each voter the first so many in a round, >= 1; the others count as seen. All anonymous voters are one. None: all."""
