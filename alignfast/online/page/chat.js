@@ -102,7 +102,7 @@ class Turn {
 
   fail(error) {
     const wait = error.retryAfter ? ` Try again in ${error.retryAfter} s.` : "";
-    this.node.append(el("p", { class: "error", role: "alert" }, error.message + wait));
+    this.node.lastElementChild.before(el("p", { class: "error", role: "alert" }, error.message + wait)); // above "Ask again"
   }
 }
 
