@@ -9,12 +9,23 @@ from pathlib import Path
 
 import pytest
 import yaml
-from trainers.tiny import make_llama, make_pairs, make_reward_llama, make_rows, make_thumbs, make_tokenizer
+from trainers.tiny import (
+    WORDS,
+    make_llama,
+    make_pairs,
+    make_reward_llama,
+    make_rows,
+    make_thumbs,
+    make_tokenizer,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignfast.cli import main
 from alignfast.commands.recipes import RECIPES
 from alignfast.models import is_reward_model
+from alignfast.online.feedback import Shown, Vote
+from alignfast.online.server.versions import first_version
+from alignfast.online.store import Store
 from alignfast.trainers.metrics import read_metrics
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -39,7 +50,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "online"])
 def test_recipes(recipe: str, workplace: Path) -> None:
     method = recipe.split("_")[0]
     data = {"sft": "texts.jsonl", "kto": "thumbs.jsonl", "grpo": "tasks.jsonl", "ppo": "tasks.jsonl"}.get(
@@ -79,6 +90,27 @@ def test_recipes(recipe: str, workplace: Path) -> None:
         assert "eval_gold/rewards/format/mean" in evaluated[-1]
         drawn = (output / "samples.jsonl").read_text().splitlines()
         assert any("rewards" in json.loads(line) for line in drawn)
+
+
+def test_the_online_recipe(workplace: Path) -> None:
+    """As it stands, beside the server's database, a learner makes a version of votes or says why not."""
+    with Store.open("sqlite:///feedback.db") as store:
+        first_version(store, "model")
+        for number in range(12):
+            a, b = f"a{number}", f"b{number}"
+            pair = [
+                Shown(id=id, prompt=f"the cat {WORDS[number]}", text=text, group_id=f"g{number}", user="ann", policy_version="model")
+                for id, text in ((a, "sat down"), (b, "ran"))
+            ]  # fmt: skip
+            store.record_shown(*pair)
+            store.add_vote(Vote(response_id=a, kind="pair", value=a, among=(a, b), user="ann"))
+            store.add_vote(Vote(response_id=b, kind="thumb", value="down", user="ann"))
+        assert main(["online", "--config", str(EXAMPLES / "online.yaml"), "--once"]) == 0
+        (run,) = store.runs.all()
+        assert run.status == "done"
+        made = store.versions.get("policy-1")
+    assert made.status in ("promoted", "refused")
+    assert Path(made.path).parent == workplace / "versions"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -15,7 +15,7 @@ class InitOptions:
     """Which recipe, and where it goes."""
 
     recipe: str
-    """sft, reward, dpo, dpo_lora, kto, grpo or ppo."""
+    """sft, reward, dpo, dpo_lora, kto, grpo, ppo or online."""
     output: str | None = None
     """File to write; unless given, RECIPE.yaml."""
     force: bool = False
@@ -34,4 +34,5 @@ def run(command: str, argv: Sequence[str]) -> None:
         raise ValueError(f"{file} is there already: give another --output, or --force to write over it")
     file.write_text(RECIPES[options.recipe])
     command = options.recipe.split("_")[0]
-    print(f"recipe: {file}\nedit model and train_dataset, then: alignfast {command} --config {file}")
+    first = "" if command == "online" else "edit model and train_dataset, then: "
+    print(f"recipe: {file}\n{first}alignfast {command} --config {file}")

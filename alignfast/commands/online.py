@@ -57,9 +57,10 @@ def run(command: str, argv: Sequence[str]) -> None:
         _simulate(f"{command} {_SIMULATE}", [word for word in argv if word != _SIMULATE])
         return
     from alignfast.online.loop import OnlineConfig, OnlineLoop
+    from alignfast.trainers.state import no_bars
 
     options, config = parse_options(command, argv, RunOptions, OnlineConfig)
-    with OnlineLoop(config) as loop:
+    with OnlineLoop(config) as loop, no_bars():
         try:
             loop.run(once=options.once)
         except KeyboardInterrupt:

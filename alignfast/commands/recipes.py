@@ -206,6 +206,44 @@ save_total_limit: 2
 seed: 42
 """
 
+_ONLINE = """\
+# Learning from the votes on a server's answers: alignfast online --config online.yaml
+# --once does one round and ends. Any option can be given on the command line as well: --min_votes 100. `alignfast
+# online --help` lists all. It runs as it stands where a few people try it; many people want other values, named below.
+
+# model: YOUR_MODEL                # the start policy; what `alignfast serve` serves already need not be named
+db: sqlite:///feedback.db          # the server's; postgresql://USER@HOST/NAME where the learner is on another machine
+output_dir: versions               # every version's folder; the server reads them under the same path
+
+# A round begins with so many votes that nothing was learned from yet, a share of which is only measured with.
+min_votes: 20                      # many people: 200
+# max_wait: 86400                  # or after so many seconds with any
+held_out: 0.2
+held_out_by: prompt                # many people: user, so that no voter is on both sides
+
+# dpo and kto learn from the votes themselves; grpo and ppo draw fresh answers, which the round's reward model scores.
+method: dpo                        # many votes: grpo
+# max_completion_length: 128       # tokens of a fresh answer; unless given, 256 or half of the model's positions
+kl_budget: 0.1                     # nats a token that a round may go from the version that serves
+policy_options:                    # of that method's trainer, by its own names: `alignfast dpo --help`
+  learning_rate: 1.0e-5
+  per_device_train_batch_size: 4
+  num_train_epochs: 3
+reward_options:
+  per_device_train_batch_size: 8
+# peft: {r: 16, lora_alpha: 32, target_modules: all-linear}    # train adapters alone
+
+# What must hold before anybody meets the candidate. A refused one is kept with the reasons.
+# judge: api:YOUR_JUDGE            # or package.module:function; never the reward model in use
+# safety_suites: {refuses: my_module:refuses}
+gate: {max_length_ratio: 1.5}      # require_significant: true refuses what nothing shows to be better
+
+# Then a share of the users compares it with what serves; then it serves, and is watched.
+canary_share: 0.0                  # many people: 0.1; 0 promotes at once
+watch_seconds: 0                   # many people: 86400; what people like less is rolled back
+seed: 0
+"""
+
 _REFERENCE = """\
 precompute_ref_log_probs: true     # the reference is run once, beforehand: no second model in memory
 """
@@ -229,4 +267,5 @@ RECIPES = {
     "kto": _KTO,
     "grpo": _GRPO,
     "ppo": _PPO,
+    "online": _ONLINE,
 }

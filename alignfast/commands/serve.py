@@ -83,6 +83,7 @@ def run(command: str, argv: Sequence[str]) -> None:
     from alignfast.online.server.versions import first_version, served_name
     from alignfast.online.store import Store
     from alignfast.online.store.redact import load_redact
+    from alignfast.trainers.state import no_bars
 
     if options.retention_days is not None and not options.retention_days > 0:
         raise ValueError(f"retention_days must be above 0, got {options.retention_days}")
@@ -93,7 +94,7 @@ def run(command: str, argv: Sequence[str]) -> None:
     }  # fmt: skip
     redact = None if options.redact is None else load_redact(options.redact)
     opened = Store.open(options.db, redact=redact, max_votes=options.max_votes, period=options.votes_period)
-    with opened as store:
+    with opened as store, no_bars():
         name = options.served_model_name or served_name(store, options.model)
         service = Service(name, store, limits, loading)
         check_address(service, options.host)
@@ -106,6 +107,10 @@ def run(command: str, argv: Sequence[str]) -> None:
         )
         console.print(_who_may_ask(service.keyless))
         console.print(f"answers and votes are kept in {options.db}")
+        console.print(
+            "a page to chat and vote in is at /, the loop's state at /loop; `alignfast init online` writes a recipe to learn "
+            "from the votes"
+        )
         if options.label is not None:
             prompts = [row["prompt"] for row in load_rows(options.label, formats=["prompt"])]
             for prompt in prompts:
@@ -117,4 +122,4 @@ def run(command: str, argv: Sequence[str]) -> None:
 def _who_may_ask(keyless: bool) -> str:
     if keyless:
         return "no key is set: this machine alone may ask, and may do everything"
-    return "a key is needed for every route but /health"
+    return "a key is needed for every route but /health and the page's own files"

@@ -29,6 +29,7 @@ Kind: TypeAlias = Literal["thumb", "rating", "pair", "ranking", "edit", "implici
 Prompt: TypeAlias = str | list[dict[str, Any]]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
+SAID: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind != "implicit")  # the others are hints
 THUMBS = ("up", "down")
 SIGNALS = ("regenerate", "copy", "stop")
 TIE = "tie"
@@ -109,7 +110,6 @@ class Shown:
         sampling: options it was drawn with, as JSON can hold them.
         policy_version: name of the version that wrote it.
         weights_hash: of that version's weights.
-        token_hash: of the secret that lets its holder vote on this answer alone; see `store.keys.new_token`.
 
     Raises:
         ValueError: a field is not as said; the message names it.
@@ -135,7 +135,6 @@ class Shown:
     sampling: dict[str, Any] = field(default_factory=dict)
     policy_version: str = ""
     weights_hash: str = ""
-    token_hash: str = ""
 
     def __post_init__(self) -> None:
         where = f"shown answer {self.id!r}"

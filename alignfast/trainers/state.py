@@ -54,7 +54,7 @@ def save_weights(model: Any, folder: Path, is_main: bool) -> None:
                 gathered[id(shard)] = full if is_main else torch.empty(0)
             state[name] = gathered[id(shard)]
     if is_main:
-        with _no_bars():
+        with no_bars():
             model.save_pretrained(folder, state_dict=state)
 
 
@@ -75,7 +75,7 @@ def load_weights(model: Any, folder: Path) -> None:
         missing, unexpected = set(stored.values()) - set(loaded), set(loaded) - set(stored.values())
     else:
         widest = max((p.dtype for p in model.parameters()), key=lambda dtype: dtype.itemsize)
-        with _no_bars():
+        with no_bars():
             twin, report = type(model).from_pretrained(
                 folder, config=copy.deepcopy(model.config), dtype=widest, output_loading_info=True
             )
@@ -91,7 +91,7 @@ def load_weights(model: Any, folder: Path) -> None:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
     """transformers' bars for reading and writing files would tear the one of the run."""
     enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

@@ -55,7 +55,6 @@ def test_what_was_shown_comes_back_exactly(store: Store) -> None:
         sampling={"temperature": 0.7, "stop": ["\n"]},
         policy_version="policy-1",
         weights_hash="abc",
-        token_hash="def",
     )
     store.record_shown(shown)
     assert store.shown("r1") == shown

@@ -6,7 +6,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-from alignfast.online.feedback import KINDS
+from alignfast.online.feedback import KINDS, SAID
 from alignfast.online.learning.gate import GateConfig
 from alignfast.online.learning.trainer import FeedbackConfig
 from alignfast.trainers.config import TrainerConfig, config
@@ -22,6 +22,7 @@ METHODS: dict[str, type[TrainerConfig]] = {
     "kto": KTOConfig,
 }
 ON_POLICY = ("grpo", "ppo")
+ANSWER_TOKENS = 256  # of a fresh answer, where nothing says otherwise
 # What the loop sets by itself.
 _OWN = ("output_dir", "resume_from_checkpoint", "push_to_hub", "load_best_model_at_end")
 
@@ -43,7 +44,7 @@ class OnlineConfig:
     """Or after so many seconds with any. None waits for min_votes."""
     poll_seconds: float = 5.0
     """How often the store is looked at while there is something to wait for."""
-    kinds: list[str] = field(default_factory=lambda: [kind for kind in KINDS if kind != "implicit"])
+    kinds: list[str] = field(default_factory=lambda: list(SAID))
     """Kinds of votes that are learned from. Hints (`implicit`) are left out unless named."""
     votes_per_user: int | None = 100
     """Of each voter the first so many in a round, >= 1; the others count as seen. All anonymous voters are one. None: all."""
@@ -65,8 +66,8 @@ class OnlineConfig:
     """LoraConfig's options: adapters are trained, on the first round added. None trains the whole model."""
     max_prompts: int = 256
     """Logged prompts of a round, the newest, >= 1."""
-    max_completion_length: int = 256
-    """Tokens of a fresh answer, in training and evaluation."""
+    max_completion_length: int | None = None
+    """Tokens of a fresh answer, in training and evaluation. None: 256, or half of the model's positions where that is less."""
     kl_budget: float | None = 0.1
     """Training ends when the KL to the version that serves has reached so many nats a token. None: no budget."""
     kl_every: int = 10
@@ -110,7 +111,6 @@ class OnlineConfig:
         for name in (
             "min_votes",
             "max_prompts",
-            "max_completion_length",
             "kl_every",
             "eval_prompts",
             "canary_voters",
@@ -120,7 +120,7 @@ class OnlineConfig:
             self._require(getattr(self, name) >= 0, name, "at least 0")
         for name in ("held_out", "canary_margin"):
             self._require(0 <= getattr(self, name) < 1, name, "in [0, 1)")
-        for name in ("max_wait", "kl_budget", "votes_per_user"):
+        for name in ("max_wait", "kl_budget", "votes_per_user", "max_completion_length"):
             value = getattr(self, name)
             self._require(value is None or value > 0, name, "above 0, or None")
         self._require(self.poll_seconds > 0, "poll_seconds", "above 0")
@@ -161,8 +161,12 @@ class OnlineConfig:
         """`logged_answers` with its default."""
         return self.method == "grpo" if self.logged_answers is None else self.logged_answers
 
-    def trainer_config(self, folder: Path) -> Any:
+    def trainer_config(self, folder: Path, answer_tokens: int = ANSWER_TOKENS) -> Any:
         """The config of the policy's trainer.
+
+        Args:
+            folder: of the run.
+            answer_tokens: of a fresh answer, unless the trainer's own options say otherwise.
 
         Raises:
             ValueError, TypeError: an option of it is wrong.
@@ -175,7 +179,7 @@ class OnlineConfig:
         }
         options |= {"save_total_limit": 1, "disable_tqdm": True}
         if self.method in ON_POLICY:
-            options["max_completion_length"] = self.max_completion_length
+            options["max_completion_length"] = answer_tokens
         if self.method == "grpo":
             options["beta"] = 0.04
             if self.uses_logged:

@@ -19,7 +19,7 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from alignfast.evaluation.preference import IMPLICIT
 from alignfast.online.loop.budget import fresh_answers, kl_to
 from alignfast.online.loop.folders import clear_work, made_by, publish
 from alignfast.online.loop.policy import candidate_folder, load_version, note_uses, training_figures
+from alignfast.online.loop.round import NothingToLearn
 from alignfast.online.loop.votes import prompts_of, training_rows
 from alignfast.online.store import Run
 from alignfast.online.store.stats import satisfaction
@@ -43,8 +44,12 @@ if TYPE_CHECKING:
 Answer = Callable[[Sequence[Any]], list[str]]
 
 
-def evaluate_candidate(loop: OnlineLoop, run: Run, round: Round) -> Literal["next"]:
-    """Measure the candidate, and make it a version with its figures in the manifest."""
+def evaluate_candidate(loop: OnlineLoop, run: Run, round: Round) -> None:
+    """Measure the candidate, and make it a version with its figures in the manifest.
+
+    Raises:
+        NothingToLearn: there is no prompt to measure it on.
+    """
     config, name = loop.config, round.policy_name
     made = made_by(config.folder / name, run.id)
     figures = made["figures"] if made else {**training_figures(loop, run), **measure(loop, run, round)}
@@ -56,7 +61,6 @@ def evaluate_candidate(loop: OnlineLoop, run: Run, round: Round) -> Literal["nex
     note_uses(loop, round)
     clear_work(config.folder, run.id)  # samples in it are of people's prompts
     round.policy, round.figures = name, figures
-    return "next"
 
 
 def measure(loop: OnlineLoop, run: Run, round: Round) -> dict[str, Any]:
@@ -69,7 +73,7 @@ def measure(loop: OnlineLoop, run: Run, round: Round) -> dict[str, Any]:
     suites: dict[str, dict[str, float]] = {}
     for side, path in (("candidate", str(candidate_folder(loop, run))), ("serving", serving.path)):
         policy, tokenizer = load_version(path, loop.device)
-        sides[side] = fresh_answers(policy, tokenizer, prompts, config.max_completion_length, config.seed)
+        sides[side] = fresh_answers(policy, tokenizer, prompts, loop.answer_tokens, config.seed)
         suites[side] = _run_suites(loop, policy, tokenizer)
         if side == "candidate":
             figures |= _preference(loop, policy, tokenizer, training_rows(held_out, "pairs"), serving.path)
@@ -122,14 +126,16 @@ def _config(loop: OnlineLoop) -> dict[str, Any]:
 
 
 def _prompts(loop: OnlineLoop, round: Round) -> list[Any]:
-    config = loop.config
-    policy, _ = load_version(loop.start_policy().path, "cpu")
-    longest = None if policy.positions is None else policy.positions - config.max_completion_length
+    config, longest = loop.config, loop.longest_prompt(loop.answer_tokens)
     rows = prompts_of(loop.judged(round.held_out), config.eval_prompts, longest)
     if len(rows) < config.eval_prompts:
         known = [row["prompt"] for row in rows]
         more = prompts_of(loop.judged(round.votes), config.eval_prompts, longest)
         rows += [row for row in more if row["prompt"] not in known]
+    if not rows:
+        raise NothingToLearn(
+            f"it can't be measured: no prompt leaves room for an answer of {loop.answer_tokens} tokens"
+        )
     return [row["prompt"] for row in rows[: config.eval_prompts]]
 
 
@@ -194,7 +200,7 @@ def _run_suites(loop: OnlineLoop, policy: Any, tokenizer: Any) -> dict[str, floa
     config = loop.config
 
     def answer(prompts: Sequence[Any]) -> list[str]:
-        found = fresh_answers(policy, tokenizer, prompts, config.max_completion_length, config.seed)
+        found = fresh_answers(policy, tokenizer, prompts, loop.answer_tokens, config.seed)
         return [of.text for of in found]
 
     shares = {}

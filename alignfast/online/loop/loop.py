@@ -18,12 +18,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import torch
 
+from alignfast.models import load_policy
 from alignfast.online.feedback import Judged
-from alignfast.online.loop.config import OnlineConfig
+from alignfast.online.loop.config import ANSWER_TOKENS, OnlineConfig
 from alignfast.online.loop.evaluate import check_judge, evaluate_candidate
 from alignfast.online.loop.folders import clear_work
 from alignfast.online.loop.gate import pass_gate
@@ -205,6 +207,30 @@ class OnlineLoop:
         found = self.line(self.begin().name)[-1]
         return self.store.versions.get(found)
 
+    @cached_property
+    def positions(self) -> int | None:
+        """Tokens that the start policy can tell apart: a prompt with its answer has no more. None: any number."""
+        return load_policy(self.start_policy().path).positions
+
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens of a fresh answer, which leave room for a prompt.
+
+        Raises:
+            ValueError: those that were asked for leave none.
+        """
+        asked, positions = self.config.max_completion_length, self.positions
+        if asked is not None and positions is not None and asked >= positions:
+            raise ValueError(
+                f"max_completion_length={asked} leaves no room for a prompt in a model of {positions} positions: give a "
+                "smaller one, or none"
+            )
+        return asked or (ANSWER_TOKENS if positions is None else min(ANSWER_TOKENS, positions // 2))
+
+    def longest_prompt(self, answer_tokens: int) -> int | None:
+        """Tokens of a prompt that leaves room for an answer; None: any number."""
+        return None if self.positions is None else self.positions - answer_tokens
+
     def line(self, name: str) -> list[str]:
         """A policy and those that it comes from, the newest first."""
         known = {version.name: version for version in self.store.versions.all("policy")}
@@ -248,8 +274,12 @@ def _policy(loop: OnlineLoop, run: Run, round: Round) -> Step:
     return _unless_nothing(learn_policy, loop, run, round)
 
 
+def _evaluate(loop: OnlineLoop, run: Run, round: Round) -> Step:
+    return _unless_nothing(evaluate_candidate, loop, run, round)
+
+
 def _unless_nothing(
-    learn: Callable[[OnlineLoop, Run, Round], None], loop: OnlineLoop, run: Run, round: Round
+    learn: Callable[[OnlineLoop, Run, Round], object], loop: OnlineLoop, run: Run, round: Round
 ) -> Step:
     try:
         learn(loop, run, round)
@@ -263,7 +293,7 @@ _DO: dict[str, Callable[[OnlineLoop, Run, Round], Step]] = {
     "collect": collect,
     "reward": _reward,
     "policy": _policy,
-    "evaluate": evaluate_candidate,
+    "evaluate": _evaluate,
     "gate": pass_gate,
     "canary": duel,
     "promote": promote,

@@ -79,7 +79,7 @@ def note_uses(loop: OnlineLoop, round: Round) -> None:
 
 def _trainer(loop: OnlineLoop, round: Round, folder: Path) -> tuple[Trainer, dict[str, Any]]:
     config, serving, start = loop.config, loop.store.versions.get(round.serving), loop.start_policy()
-    args, judged = config.trainer_config(folder), loop.judged(round.votes)
+    args, judged = config.trainer_config(folder, loop.answer_tokens), loop.judged(round.votes)
     adapted = (Path(serving.path) / "adapter_config.json").is_file()
     shared: dict[str, Any] = {"args": args, "peft_config": None if adapted else config.peft}
     if config.method in ON_POLICY:
@@ -108,8 +108,7 @@ def _trainer(loop: OnlineLoop, round: Round, folder: Path) -> tuple[Trainer, dic
 
 
 def _prompts(loop: OnlineLoop, judged: list[Judged], args: Any) -> list[dict[str, Any]]:
-    policy = load_policy(loop.start_policy().path)
-    longest = None if policy.positions is None else policy.positions - args.max_completion_length
+    longest = loop.longest_prompt(args.max_completion_length)
     rows = prompts_of(judged, loop.config.max_prompts, longest)
     if not rows:
         raise NothingToLearn(f"none of the prompts of {len(judged)} votes leaves room for an answer")
@@ -139,7 +138,7 @@ def _budget(loop: OnlineLoop, round: Round, trainer: Trainer) -> KlBudget | None
     serving = loop.store.versions.get(round.serving)
     other = load_policy(serving.path).to(trainer.accelerator.device).requires_grad_(False).eval()
     return KlBudget(
-        trainer, other, prompts, most=config.kl_budget, every=config.kl_every, most_tokens=config.max_completion_length
+        trainer, other, prompts, most=config.kl_budget, every=config.kl_every, most_tokens=loop.answer_tokens
     )  # fmt: skip
 
 

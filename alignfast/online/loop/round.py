@@ -10,7 +10,7 @@ STAGES = ("collect", "reward", "policy", "evaluate", "gate", "canary", "promote"
 
 
 class NothingToLearn(ValueError):
-    """The round's votes give a stage nothing to train on."""
+    """The round's votes give a stage nothing to train on, or to measure with."""
 
 
 @dataclass

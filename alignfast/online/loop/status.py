@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from alignfast.online.feedback import SAID
 from alignfast.online.loop.round import Round
 from alignfast.online.store import Store
 from alignfast.online.store.stats import satisfaction
@@ -18,7 +19,8 @@ def status(store: Store) -> str:
         lines += [f"    {reason}" for reason in version.reasons]
     reward = store.versions.serving("reward")
     lines.append(
-        f"votes that no reward model has learned from: {store.unused(None if reward is None else reward.name):,}"
+        "votes that no reward model has learned from: "
+        f"{store.unused(None if reward is None else reward.name, SAID):,}"
     )
     for run in store.runs.unfinished():
         lines.append(f"round {Round.from_dict(run.state).number}: {run.stage}")

@@ -15,7 +15,7 @@ export function randomId() {
 
 /** A response of this server; what is not a 2xx is an ApiError in the server's words. */
 export async function request(path, { method = "GET", body, key, headers = {}, signal } = {}) {
-  const sent = { ...headers };
+  const sent = { "X-Alignfast-Page": "1", ...headers }; // which no page of another origin can send
   if (body !== undefined) sent["Content-Type"] = "application/json";
   if (key) sent.Authorization = `Bearer ${key}`;
   let response;
@@ -48,18 +48,23 @@ async function refusal(response) {
   return new ApiError(response.status, message, response.headers.get("retry-after"));
 }
 
-/** Vote. A key that a request is known by lets it be sent again: it counts once. */
-export async function vote(body) {
+/** Vote. A key that a request is known by lets it be sent again, after errors that pass: it counts once. */
+export async function vote(body, passing = [0, 503]) {
   const headers = { "Idempotency-Key": randomId() };
   for (let wait = 300; ; wait *= 3) {
     try {
       return await call("/v1/feedback", { method: "POST", body, headers });
     } catch (error) {
-      const passing = error.status === 0 || error.status === 503;
-      if (!passing || wait > 3000) throw error;
+      if (!passing.includes(error.status) || wait > 3000) throw error;
       await new Promise((done) => setTimeout(done, wait));
     }
   }
+}
+
+/** Tell what a visitor did with an answer (copy, stop, regenerate). It is no vote of theirs: a failure is not shown. */
+export function hint(id, value) {
+  // one that was stopped is stored once the server has seen that its reader left
+  vote({ response_id: id, kind: "implicit", value }, [0, 404, 503]).catch(() => {});
 }
 
 /** The objects of a stream of server-sent events, up to its [DONE]. */

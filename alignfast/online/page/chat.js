@@ -1,11 +1,11 @@
 // The chat: a message, two to four answers side by side as they are written, and what the visitor says of them.
 
-import { ApiError, call, events, request } from "./api.js";
+import { ApiError, call, events, hint, request } from "./api.js";
 import { announce, el, find, LETTERS } from "./dom.js";
 import { Judge, Thumbs } from "./judge.js";
 import { session, showFailure } from "./session.js";
 
-const STORED = "What you write, the answers and your votes are stored to improve this model.";
+const STORED = "What you write, the answers, your votes, and what you copy, stop or ask again are stored to improve this model.";
 const PRIVATE = "Nothing is stored from here on, so these answers can’t be voted on.";
 const CANCELLED = "Stopped.";
 
@@ -37,6 +37,7 @@ class Answer {
   end(reason, kept = true) {
     this.ended = true;
     this.kept = kept;
+    this.broken = reason === "stopped";
     this.node.classList.remove("writing");
     this.text.setAttribute("aria-busy", "false"); // read out whole, not by the token
     this.note.textContent = { length: "cut at the limit", stopped: CANCELLED }[reason] ?? "";
@@ -44,10 +45,11 @@ class Answer {
   }
 }
 
-/** A message with its answers. */
+/** A message with its answers; `again` asks it anew. */
 class Turn {
-  constructor(number, message, count, stored) {
+  constructor(number, message, count, stored, again) {
     this.message = message;
+    this.again = again;
     this.stored = stored;
     this.answers = Array.from({ length: count }, (_, index) => new Answer(index, number));
     this.grid = el("div", { class: "answers", "data-count": count }, ...this.answers.map((answer) => answer.node));
@@ -77,7 +79,8 @@ class Turn {
     }
   }
 
-  finish(reason) {
+  /** @param byVisitor whether it was the visitor who stopped it */
+  finish(reason, byVisitor = false) {
     // of an answer that broke off, what was shown is stored, if that was anything
     for (const answer of this.answers) if (!answer.ended) answer.end(reason, answer.content !== "");
     const votable = this.stored ? this.answers.filter((answer) => answer.id && answer.kept) : [];
@@ -86,13 +89,20 @@ class Turn {
       this.judge = new Judge(votable);
       this.node.append(this.judge.node);
     }
-    if (!this.version) return; // a blind comparison
-    this.node.append(el("p", { class: "version" }, `Version ${this.version.name} · ${this.version.weights.slice(0, 8)}`));
+    if (byVisitor) for (const answer of votable.filter((one) => one.broken)) hint(answer.id, "stop");
+    const again = el("button", { type: "button", class: "quiet again" }, "Ask again");
+    again.addEventListener("click", () => {
+      for (const answer of votable) hint(answer.id, "regenerate");
+      this.again(this);
+    });
+    // of a blind comparison no version is told
+    const version = this.version && `Version ${this.version.name} · ${this.version.weights.slice(0, 8)}`;
+    this.node.append(el("footer", { class: "turn-foot" }, version && el("p", { class: "version" }, version), again));
   }
 
   fail(error) {
     const wait = error.retryAfter ? ` Try again in ${error.retryAfter} s.` : "";
-    this.node.append(el("p", { class: "error", role: "alert" }, error.message + wait));
+    this.node.lastElementChild.before(el("p", { class: "error", role: "alert" }, error.message + wait)); // above "Ask again"
   }
 }
 
@@ -110,14 +120,15 @@ class Chat {
     });
   }
 
-  async ask(message, count, stored) {
-    const turn = new Turn(this.turns.length + 1, message, count, stored);
+  async ask(message, count, stored, again) {
+    const turn = new Turn(this.turns.length + 1, message, count, stored, again);
     const messages = [...this.messages, { role: "user", content: message }];
     for (const before of this.turns) before.continuing?.node.classList.add("continued");
     this.turns.push(turn);
     find("turns").append(turn.node);
     turn.node.scrollIntoView({ block: "start" });
     this.running = new AbortController();
+    this.stopped = false;
     const ours = stored ? {} : { store: false };
     if (count === 2) ours.pair = true;
     const body = { model: this.model, messages, n: count, stream: true, alignfast: ours };
@@ -127,11 +138,21 @@ class Chat {
       turn.finish("stop");
       announce(stored ? "The answers are written. Say which is better." : "The answers are written.");
     } catch (error) {
-      turn.finish("stopped");
+      turn.finish("stopped", this.stopped);
       if (error.name !== "AbortError") turn.fail(error instanceof ApiError ? error : new ApiError(0, String(error)));
     } finally {
       this.running = null;
     }
+  }
+
+  stop() {
+    this.stopped = true;
+    this.running?.abort();
+  }
+
+  remove(turn) {
+    this.turns = this.turns.filter((one) => one !== turn);
+    turn.node.remove();
   }
 
   clear() {
@@ -154,15 +175,23 @@ function setUp(chat) {
     find("consent").textContent = secret.checked ? PRIVATE : STORED;
     document.body.classList.toggle("private", secret.checked);
   };
-  form.addEventListener("submit", async (event) => {
+  const ask = async (text, count, stored) => {
+    const answering = chat.ask(text, count, stored, again);
+    show();
+    await answering;
+    show();
+  };
+  const again = (turn) => {
+    if (chat.running) return;
+    chat.remove(turn);
+    ask(turn.message, turn.answers.length, turn.stored);
+  };
+  form.addEventListener("submit", (event) => {
     event.preventDefault();
     const text = message.value.trim();
     if (!text || chat.running) return;
     message.value = "";
-    const answering = chat.ask(text, Number(find("count").value), !secret.checked);
-    show();
-    await answering;
-    show();
+    ask(text, Number(find("count").value), !secret.checked);
   });
   message.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
@@ -170,7 +199,7 @@ function setUp(chat) {
     form.requestSubmit();
   });
   find("stop").addEventListener("click", () => {
-    chat.running?.abort();
+    chat.stop();
     message.focus();
   });
   const fresh = () => {

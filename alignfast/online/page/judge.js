@@ -1,6 +1,6 @@
 // What a visitor says of answers: a thumb on one, which of two is better, the order of more, and why.
 
-import { vote } from "./api.js";
+import { hint, vote } from "./api.js";
 import { el, iconButton } from "./dom.js";
 import { Ranks } from "./ranks.js";
 
@@ -19,6 +19,7 @@ export class Thumbs {
         iconButton("copy", `Copy answer ${answer.letter}`, async () => {
           await navigator.clipboard.writeText(answer.content);
           this.said.textContent = "Copied";
+          hint(answer.id, "copy");
         }),
       );
     }

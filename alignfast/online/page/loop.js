@@ -9,15 +9,20 @@ const STATUS = { promoted: "served before", candidate: "candidate", canary: "can
 const COLUMNS = { reward_accuracy: "Reward accuracy", win_rate: "Win rate", kl: "KL, nats a token" };
 const SVG = "http://www.w3.org/2000/svg";
 
-let adminKey = null; // kept by this page alone, until it is closed
+let admin = false; // whether this visitor may change what serves
 let shown = "";
+const opened = new Set(); // versions whose figures are all looked at
 
-const percent = (share) => `${(100 * share).toFixed(1)} %`;
+const percent = (share) => `${(100 * share).toFixed(1)}\u00a0%`; // on one line
 const range = ({ low, high }, told) => (told === percent ? `${(100 * low).toFixed(1)} to ${percent(high)}` : `${told(low)} to ${told(high)}`);
-const number = (value) => (Number.isInteger(value) ? value.toLocaleString("en") : value.toPrecision(3));
+const number = (value) => {
+  const size = Math.abs(value);
+  const told = Number.isInteger(value) || size >= 1000 ? Math.round(size).toLocaleString("en") : size < 1 ? size.toFixed(3) : size.toPrecision(3);
+  return value < 0 && Number(told) !== 0 ? `\u2212${told}` : told;
+};
 const time = (seconds) => new Date(1000 * seconds).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" });
 const isFigure = (value) => typeof value === "number" || (value && typeof value.estimate === "number");
-const isShare = (name) => /accuracy|rate|share|satisfaction/.test(name);
+const isShare = (name) => /accuracy|rate|share|satisfaction|preference|wins|cut/.test(name);
 
 /** A figure and its interval, in words. */
 function figure(name, value) {
@@ -47,12 +52,13 @@ function drawing({ estimate, low, high }) {
 function satisfaction(told) {
   if (!told) return [el("span", { class: "muted" }, "no thumbs yet")];
   const votes = `${number(told.votes)} ${told.votes === 1 ? "thumb" : "thumbs"}`;
-  return [drawing(told), percent(told.estimate), el("small", {}, range(told, percent)), el("small", {}, votes)];
+  return [percent(told.estimate), drawing(told), el("small", {}, range(told, percent)), el("small", {}, votes)];
 }
 
 function versionRow(version, state, columns) {
   const serves = version.name === state.serving;
   const status = serves ? "serving" : version.status;
+  const learned = version.kind === "reward" && status === "promoted"; // the newest one is what the next starts from
   const cell = (name, ...children) => el("td", { "data-name": name }, ...(children.length > 1 ? [el("div", {}, ...children)] : children));
   const others = Object.entries(version.figures ?? {}).filter(([name, value]) => !(name in COLUMNS) && isFigure(value));
   const notes = [
@@ -60,15 +66,19 @@ function versionRow(version, state, columns) {
     ...(version.reasons ?? []),
   ];
   const more = others.map(([name, value]) => el("small", {}, `${name.replaceAll("_", " ")}: ${figure(name, value).map((part) => part.textContent ?? part).join(", ")}`));
-  const name = el("td", {}, el("strong", {}, version.name), el("span", { class: `status ${status}` }, version.kind === "reward" ? status : (STATUS[status] ?? status)), ...notes.map((note) => el("small", {}, note)));
-  if (more.length) name.append(el("details", {}, el("summary", {}, "More figures"), ...more));
+  const name = el("td", {}, el("strong", {}, version.name), el("span", { class: `status ${status}` }, learned ? "" : (STATUS[status] ?? status)), ...notes.map((note) => el("small", {}, note)));
+  if (more.length) {
+    const details = el("details", { open: opened.has(version.name) }, el("summary", {}, "More figures"), el("div", { class: "more" }, ...more));
+    details.addEventListener("toggle", () => opened[details.open ? "add" : "delete"](version.name));
+    name.append(details);
+  }
   const cells = columns.map((column) => {
     if (column === "satisfaction") return cell("Satisfaction", ...satisfaction(version.satisfaction));
     const value = version.figures?.[column];
     return cell(COLUMNS[column], ...(isFigure(value) ? figure(column, value) : ["–"]));
   });
   const row = el("tr", { "data-version": version.name }, name, ...cells);
-  if (columns.includes("satisfaction")) {
+  if (admin && columns.includes("satisfaction")) {
     const button = el("button", { type: "button", "aria-label": `Promote ${version.name}`, onclick: () => promote(version.name) }, "Promote");
     row.append(el("td", { class: "action" }, ...(serves ? [] : [button])));
   }
@@ -78,26 +88,26 @@ function versionRow(version, state, columns) {
 function table(versions, state, columns) {
   const names = ["Version", ...columns.map((column) => COLUMNS[column] ?? "Satisfaction")];
   const head = names.map((name) => el("th", { scope: "col" }, name));
-  if (columns.includes("satisfaction")) head.push(el("th", {}, el("span", { class: "unseen" }, "Action")));
+  if (admin && columns.includes("satisfaction")) head.push(el("th", {}, el("span", { class: "unseen" }, "Action")));
   const rows = [...versions].reverse().map((version) => versionRow(version, state, columns));
   return el("table", {}, el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...rows));
 }
 
 function facts(state) {
   const run = state.run;
-  const fact = (name, value, note) => el("div", {}, el("dt", {}, name), el("dd", {}, value, note ? el("small", {}, note) : null));
+  const fact = (name, value, note, kind) => el("div", { class: kind }, el("dt", {}, name), el("dd", {}, value, note ? el("small", {}, note) : null));
   const found = [
     fact("Serving", state.serving ?? "nothing"),
     fact("Votes", number(state.votes)),
     fact("Queue", number(state.unused), "votes to learn from"),
-    fact("Learner", run?.status === "running" ? run.stage : "idle", run ? `${run.status === "running" ? "since" : `last ${run.status}`} ${time(run.updated)}` : null),
+    fact("Learner", run?.status === "running" ? run.stage : "idle", run ? `${run.status === "running" ? "since" : `last ${run.status}`} ${time(run.updated)}` : "alignfast online begins a round"),
   ];
   if (state.canary) {
     const { version, share, voters, wins } = state.canary;
     const told = voters ? `${number(voters)} ${voters === 1 ? "voter says" : "voters say"}: better in ${percent(wins)}` : "no votes yet";
     found.splice(1, 0, fact("Canary", version, `${told}; meets ${percent(share)} of users`));
   }
-  for (const [name, fault] of Object.entries(state.faults ?? {})) found.push(fact("Not loaded", name, fault));
+  for (const [name, fault] of Object.entries(state.faults ?? {})) found.push(fact("Not loaded", name, fault, "fault"));
   return found;
 }
 
@@ -109,11 +119,13 @@ function show(state) {
   find("facts").replaceChildren(...facts(state));
   const policies = state.versions.filter((version) => version.kind !== "reward");
   const rewards = state.versions.filter((version) => version.kind === "reward");
-  find("policy-rows").replaceChildren(table(policies, state, ["satisfaction", "reward_accuracy", "win_rate", "kl"]));
+  const columns = Object.keys(COLUMNS).filter((name) => policies.some((version) => isFigure(version.figures?.[name])));
+  find("policy-rows").replaceChildren(table(policies, state, ["satisfaction", ...columns]));
   find("reward-rows").replaceChildren(table(rewards, state, ["reward_accuracy"]));
   find("policies").hidden = !policies.length;
   find("rewards").hidden = !rewards.length;
-  find("rollback").hidden = policies.length < 2;
+  find("rollback").hidden = !admin || policies.length < 2;
+  find("hands-off").hidden = admin;
   if (focused) document.querySelector(`[aria-label="${CSS.escape(focused)}"]`)?.focus();
 }
 
@@ -121,41 +133,31 @@ async function refresh() {
   show(await call("/v1/loop"));
 }
 
-/** Ask, with the admin's key where it is not known, and do it. */
+/** Ask, and do it. */
 function ask({ title, text, yes, act }) {
   const dialog = find("ask");
   const failed = find("ask-error");
-  const key = find("key");
   find("ask-title").textContent = title;
   find("ask-text").textContent = text;
   find("ask-yes").textContent = yes;
-  find("ask-key").hidden = adminKey !== null;
   failed.hidden = true;
   dialog.querySelector("form").onsubmit = async (event) => {
     event.preventDefault();
-    const used = adminKey ?? key.value.trim();
     find("ask-yes").disabled = true;
     try {
-      await act(used);
-      adminKey = used;
-      key.value = "";
+      await act();
       dialog.close();
       announce("Done");
       await refresh();
     } catch (error) {
-      if (error.status === 401 || error.status === 403) {
-        adminKey = null;
-        find("ask-key").hidden = false;
-        key.focus();
-      }
-      failed.textContent = error.status === 401 ? "This key is not good." : error.message;
+      failed.textContent = error.message;
       failed.hidden = false;
     } finally {
       find("ask-yes").disabled = false;
     }
   };
   dialog.showModal();
-  (adminKey === null ? key : find("ask-yes")).focus();
+  find("ask-yes").focus();
 }
 
 function promote(name) {
@@ -163,7 +165,7 @@ function promote(name) {
     title: `Promote ${name}?`,
     text: "New requests are answered by it from the next second on; answers under way end with the version that began them.",
     yes: "Promote",
-    act: (key) => call("/v1/loop/promote", { method: "POST", body: { version: name }, key }),
+    act: () => call("/v1/loop/promote", { method: "POST", body: { version: name } }),
   });
 }
 
@@ -172,13 +174,13 @@ function rollBack() {
     title: "Roll back?",
     text: "What served before this version serves again.",
     yes: "Roll back",
-    act: (key) => call("/v1/loop/rollback", { method: "POST", body: {}, key }),
+    act: () => call("/v1/loop/rollback", { method: "POST", body: {} }),
   });
 }
 
 try {
   const known = await session();
-  if (known.role === "admin") adminKey = ""; // the session's own right will do
+  admin = known.role === "admin";
   find("rollback").addEventListener("click", rollBack);
   find("ask-no").addEventListener("click", () => find("ask").close());
   await refresh();

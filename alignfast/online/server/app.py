@@ -175,9 +175,11 @@ async def session(request: Request) -> JSONResponse:
     if caller.by not in ("key", "loopback"):
         raise ApiError(403, "a session is begun with a key, not with a cookie")
     user, seconds = fresh_user() if service.keyless else caller.user, 3600 * service.limits.session_hours
+    # without keys whoever asks may do everything, but what a cookie says outlives that
+    role = "user" if service.keyless else caller.role
     response = JSONResponse({"object": "session", "user": user, "expires_in": int(seconds)})
     response.set_cookie(
-        COOKIE, service.signer.cookie(user, seconds, caller.role), max_age=int(seconds), httponly=True, samesite="strict",
+        COOKIE, service.signer.cookie(user, seconds, role, caller.key_id), max_age=int(seconds), httponly=True, samesite="strict",
         secure=request.url.scheme == "https",
     )  # fmt: skip
     return response

@@ -1,11 +1,14 @@
 """Who asks, before any route runs: a key, a signed cookie, or a token that allows votes on one response.
 
     token  = "fbt-" + response_id + "." + HMAC(secret, "vote" | response_id)
-    cookie = base64(JSON [user, end, role]) + "." + HMAC(secret, "user" | base64)
+    cookie = base64(JSON [user, end, role, id of the key]) + "." + HMAC(secret, "user" | base64)
 
 Whatever is not named open here is refused without a good key, so that a new route is guarded before anybody thinks of
 it. With no key at all the server is on the loopback, and whoever reaches it owns the machine's session; the Host header
 must then name the loopback, which keeps out pages that point a name of theirs at it.
+A cookie has its key's rights for as long as the key opens anything. Browsers send it by themselves, so that an admin's is
+good only beside the header `X-Alignfast-Page`, which a page of another origin can't send without asking first, and is
+never told yes; where the browser says how the two origins stand (Sec-Fetch-Site), it must say that they are one.
 Keys, their roles and the secret are the store's.
 Not done here: TLS (a proxy's), limits on a user's rate of answers.
 """
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 
 COOKIE, TOKEN = "alignfast_session", "fbt-"
 OPEN, VOTING = frozenset({"/health"}), "/v1/feedback"
+PAGE_HEADER = "X-Alignfast-Page"  # of requests by this server's page
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 _BODY_SECONDS = 30  # for a body to arrive
 _KEY_SECONDS, _MOST_KEYS = 1.0, 10_000  # that a good key is remembered, and how many are
@@ -50,12 +54,14 @@ class Caller:
         role: what is allowed.
         response_id: the one response that a token lets its holder vote on, whoever it was shown to.
         by: how the caller was known; a cookie is given for a key alone.
+        key_id: of the key, or of the one that the cookie was given for; empty: of none.
     """
 
     user: str
     role: Role = "user"
     response_id: str | None = None
     by: Literal["key", "cookie", "token", "loopback"] = "key"
+    key_id: str = ""
 
     @property
     def own(self) -> str:
@@ -73,12 +79,22 @@ def require(request: Request, *roles: Role) -> Caller:
     """Who asks, if they may.
 
     Raises:
-        ApiError: 403 for another role.
+        ApiError: 403 for another role, and for an admin's cookie that came by another page than this server's.
     """
     caller = caller_of(request)
     if caller.role not in roles:
         raise ApiError(403, f"this needs a key of role {' or '.join(roles)}; yours is {caller.role}")
+    if (caller.by, caller.role) == ("cookie", "admin") and not _of_own_page(request):
+        raise ApiError(
+            403, f"an admin's cookie is good on this server's own page alone, which sends {PAGE_HEADER}"
+        )
     return caller
+
+
+def _of_own_page(request: Request) -> bool:
+    """Whether a browser sends it for this server's page. Host and Origin are no help: proxies change the one."""
+    headers = request.headers
+    return PAGE_HEADER in headers and headers.get("sec-fetch-site", "same-origin") == "same-origin"
 
 
 class Signer:
@@ -102,10 +118,9 @@ class Signer:
         response_id, _, mac = token.removeprefix(TOKEN).rpartition(".")
         return response_id if _same(mac, self._sign("vote", response_id)) else None
 
-    def cookie(self, user: str, seconds: float, role: Role = "user") -> str:
-        """Says who a browser's user is, for some time; an admin's rights are never in one."""
-        role = "annotator" if role == "annotator" else "user"
-        body = _text(json.dumps([user, int(time.time() + seconds), role]).encode())
+    def cookie(self, user: str, seconds: float, role: Role = "user", key_id: str = "") -> str:
+        """Says who a browser's user is, for some time, and by which key."""
+        body = _text(json.dumps([user, int(time.time() + seconds), role, key_id]).encode())
         return f"{body}.{self._sign('user', body)}"
 
     def caller_of(self, cookie: str) -> Caller | None:
@@ -113,8 +128,10 @@ class Signer:
         body, _, mac = cookie.rpartition(".")
         if not _same(mac, self._sign("user", body)):
             return None
-        user, end, role = json.loads(base64.urlsafe_b64decode(body + "=="))
-        return Caller(str(user), role, by="cookie") if time.time() < end else None
+        user, end, role, *key_id = json.loads(base64.urlsafe_b64decode(body + "=="))
+        if not key_id or time.time() >= end:  # before alignfast kept the key's id, or over
+            return None
+        return Caller(str(user), role, by="cookie", key_id=key_id[0])
 
     def _sign(self, purpose: str, text: str) -> str:
         digest = hmac.digest(self._secret, f"{purpose}|{text}".encode(errors="replace"), "sha256")
@@ -142,6 +159,7 @@ class Guard:
     def __init__(self, app: ASGIApp, service: Service, open_to_all: Collection[str] = OPEN) -> None:
         self.app, self.service, self.open_to_all = app, service, frozenset(open_to_all)
         self._known: dict[bytes, tuple[Caller, float]] = {}  # by the key's digest, and when it was looked up
+        self._opening: dict[str, float] = {}  # ids of good keys that cookies were given for, the same
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -166,7 +184,7 @@ class Guard:
         scheme, _, key = headers.get(b"authorization", "").partition(" ")
         if key and scheme.lower() != "bearer":
             raise _unknown("expected 'Authorization: Bearer KEY'")
-        known = self._of_cookie(headers)
+        known = await self._of_cookie(headers)
         if key.startswith(TOKEN):
             response_id = self.service.signer.response_of(key)
             if response_id is None or scope["path"] != VOTING:
@@ -196,15 +214,32 @@ class Guard:
             raise _unknown("the key is not good")
         if len(self._known) >= _MOST_KEYS:
             self._known.clear()
-        self._known[digest] = (Caller(found.user, found.role), now)
+        self._known[digest] = (Caller(found.user, found.role, key_id=found.id), now)
         return self._known[digest][0]
 
-    def _of_cookie(self, headers: dict[bytes, str]) -> Caller | None:
+    async def _of_cookie(self, headers: dict[bytes, str]) -> Caller | None:
+        """Who a cookie is of, if its key still opens anything; one that was given without a key is good without keys."""
         for part in headers.get(b"cookie", "").split(";"):
             name, _, value = part.strip().partition("=")
             if name == COOKIE:
-                return self.service.signer.caller_of(value)
+                found = self.service.signer.caller_of(value)
+                return found if found is not None and await self._opens(found.key_id) else None
         return None
+
+    async def _opens(self, id: str) -> bool:
+        """Whether a cookie's key does, asked of the store as `_of_key` does."""
+        if not id or self.service.keyless:
+            return not id and self.service.keyless
+        now = time.monotonic()
+        if now < self._opening.get(id, -_KEY_SECONDS) + _KEY_SECONDS:
+            return True
+        self._opening.pop(id, None)
+        if not await self.service.in_store(lambda: self.service.store.keys.opens(id)):
+            return False
+        if len(self._opening) >= _MOST_KEYS:
+            self._opening.clear()
+        self._opening[id] = now
+        return True
 
 
 def _unknown(message: str) -> ApiError:

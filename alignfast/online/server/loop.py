@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
+from alignfast.online.feedback import SAID
 from alignfast.online.server.errors import ApiError
 from alignfast.online.server.guard import require
 from alignfast.online.server.schema import Body, PromoteRequest
@@ -58,8 +59,8 @@ def _state(service: Service, watch: Watch) -> dict[str, Any]:
         "versions": [_version(one, thumbs.get(one.name)) for one in found],
         "serving": None if runner.current is None else runner.current.version.name,
         "canary": None if canary is None else _canary(service, canary),
-        "votes": store.unused(),  # by a version that comes from none: all that count
-        "unused": store.unused(None if reward is None else reward.name),
+        "votes": store.unused(kinds=SAID),  # by a version that comes from none: all that count
+        "unused": store.unused(None if reward is None else reward.name, SAID),
         "run": _run(runs[-1]) if runs else None,
         "faults": watch.faults,
     }

@@ -44,6 +44,8 @@ def folder_of(model: str) -> Path:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
+    if Path(model).expanduser().is_absolute():
+        raise ValueError(f"{model}: no such folder")
     from transformers.utils import cached_file
 
     try:

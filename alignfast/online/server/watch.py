@@ -68,7 +68,7 @@ class Watch:
             self._serve(versions.serving())
             self._duel(versions.canary())
             if self.service.keyless and self.service.store.keys.any():
-                log.warning("a key was made: from now on every route but /health asks for one")
+                log.warning("a key was made: from now on whoever asks needs one")
                 self.service.keyless = False
 
     def _run(self) -> None:

@@ -2,7 +2,7 @@
 
 try:
     from alignfast.online.store.database import StoreError
-    from alignfast.online.store.keys import Key, Keys, new_token
+    from alignfast.online.store.keys import Key, Keys
     from alignfast.online.store.records import Kept
     from alignfast.online.store.store import Store
     from alignfast.online.store.versions import Run, Runs, Version, Versions
@@ -13,4 +13,4 @@ except ModuleNotFoundError as error:
         f"the feedback store is missing its database ({error}): pip install 'alignfast[serve]'"
     ) from error
 
-__all__ = ["Kept", "Key", "Keys", "Run", "Runs", "Store", "StoreError", "Version", "Versions", "new_token"]
+__all__ = ["Kept", "Key", "Keys", "Run", "Runs", "Store", "StoreError", "Version", "Versions"]

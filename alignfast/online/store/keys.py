@@ -1,4 +1,4 @@
-"""API keys and the tokens of single answers: made here, shown once, kept as hashes.
+"""API keys: made here, shown once, kept as hashes.
 
     af_ID_SECRET        the id finds the row; sha256(salt + SECRET) is compared in constant time
 
@@ -102,6 +102,12 @@ class Keys:
 
         self._store.write(work)
 
+    def opens(self, id: str) -> bool:
+        """Whether the key with an id is there and not revoked."""
+        statement = select(keys.c.id).where(keys.c.id == storable(id), keys.c.revoked.is_(None))
+        with self._store.read() as connection:
+            return connection.execute(statement).first() is not None
+
     def any(self) -> bool:
         """Whether any key opens anything."""
         with self._store.read() as connection:
@@ -115,22 +121,6 @@ class Keys:
         with self._store.read() as connection:
             rows = connection.execute(select(keys).order_by(keys.c.created))
             return [Key(row.id, row.user_id, row.role, row.created, row.revoked) for row in rows]
-
-
-def new_token() -> tuple[str, str]:
-    """A secret that lets a browser vote on one answer, and the hash that `Shown.token_hash` keeps.
-
-    >>> token, hash = new_token()
-    >>> token_hash(token) == hash
-    True
-    """
-    token = secrets.token_urlsafe(32)
-    return token, token_hash(token)
-
-
-def token_hash(token: str) -> str:
-    """What is kept of an answer's token."""
-    return hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()
 
 
 def _hash(salt: bytes, secret: str) -> bytes:

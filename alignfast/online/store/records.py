@@ -111,7 +111,6 @@ def _shown_row(shown: Shown) -> dict[str, Any]:
         "sampling": storable(shown.sampling),
         "policy_version": shown.policy_version,
         "weights_hash": shown.weights_hash,
-        "token_hash": shown.token_hash,
     }
 
 

@@ -11,7 +11,6 @@ Not done here: who a user is and what they may do (the server), and how votes ar
 
 from __future__ import annotations
 
-import hmac
 import os
 import secrets as random_secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +27,7 @@ from alignfast.online.store.database import Result, Writer, connect, writing
 from alignfast.online.store.deletion import Deleted, delete_user, expire
 from alignfast.online.store.duels import Duels, find_duels
 from alignfast.online.store.files import FileKind, write_lines
-from alignfast.online.store.keys import Keys, token_hash
+from alignfast.online.store.keys import Keys
 from alignfast.online.store.labels import Labels
 from alignfast.online.store.records import (
     Kept,
@@ -174,16 +173,6 @@ class Store:
     def episode(self, episode_id: str) -> list[Shown]:
         """Turns of a conversation, in order."""
         return self._find(tables.responses.c.episode_id == storable(episode_id))
-
-    def token_fits(self, response_id: str, token: str) -> bool:
-        """Whether a secret lets its holder vote on a response; compared in constant time, known response or not."""
-        with self.read() as connection:
-            statement = select(tables.responses.c.token_hash).where(
-                tables.responses.c.id == storable(response_id)
-            )
-            expected = connection.execute(statement).scalar()
-        fits = hmac.compare_digest(token_hash(token), expected or token_hash(""))
-        return fits and bool(expected)
 
     def _find(self, where: ColumnElement[bool]) -> list[Shown]:
         with self.read() as connection:

@@ -91,7 +91,6 @@ responses = Table(
     Column("sampling", JSON, nullable=False),
     Column("policy_version", Text, nullable=False, index=True),
     Column("weights_hash", Text, nullable=False),
-    Column("token_hash", Text, nullable=False),
 )
 
 feedback = Table(

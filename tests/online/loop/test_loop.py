@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from online.loop.filled import FAST, LIKED, ask, make_start, serve_start, vote
+from online.loop.filled import FAST, LIKED, TINY, ask, make_start, serve_start, vote
 
 from alignfast.cli import main
 from alignfast.online.feedback import Judged, Shown, Vote
@@ -179,6 +179,30 @@ def test_votes_without_a_row_for_the_method_end_the_round(store: Store, tmp_path
     assert round.outcome is not None
     assert "gives kto a row" in round.outcome
     assert [run.status for run in store.runs.all()] == ["done"]
+
+
+def test_answers_leave_room_for_a_prompt(store: Store, tmp_path: Path, start: Path) -> None:
+    """The start policy has 64 positions."""
+    serve_start(store, start)
+    assert make_loop(store, tmp_path, max_completion_length=None).answer_tokens == 32
+    assert make_loop(store, tmp_path, max_completion_length=40).longest_prompt(40) == 24
+    with pytest.raises(ValueError, match="leaves no room for a prompt in a model of 64 positions"):
+        _ = make_loop(store, tmp_path, max_completion_length=64).answer_tokens
+
+
+def test_a_candidate_that_nothing_can_measure_ends_the_round(
+    store: Store, tmp_path: Path, start: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve_start(store, start)
+    vote(store, ask(store, 4))
+    monkeypatch.setattr(OnlineLoop, "longest_prompt", lambda self, tokens: 0)
+    options: dict[str, Any] = {"reward_options": {**TINY, "max_steps": 1}, "policy_options": {"max_steps": 1}}
+    round = make_loop(store, tmp_path, method="dpo", kl_budget=None, **options).run(once=True)
+    assert round is not None
+    assert round.outcome is not None
+    assert "no prompt leaves room for an answer of 6 tokens" in round.outcome
+    assert [run.status for run in store.runs.all()] == ["done"]
+    assert [version.name for version in store.versions.all("policy")] == ["start"]
 
 
 def test_a_voter_has_so_many_votes_in_a_round() -> None:

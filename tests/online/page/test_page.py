@@ -241,7 +241,10 @@ def test_what_is_not_to_be_stored_is_not(live: Live, visit: Callable[..., Any]) 
     page.keyboard.press("Enter")
     page.get_by_text("Version v1").wait_for()
     assert page.locator(".thumbs, .judge").count() == 0
-    assert len(all_shown(live)) == kept
+    said = len(votes(live))
+    page.get_by_role("button", name="Ask again").click()
+    page.get_by_text("Version v1").wait_for()
+    assert (len(all_shown(live)), len(votes(live))) == (kept, said)
     page.get_by_role("switch").uncheck()
     with page.expect_request("**/v1/chat/completions") as asked:
         ask(page, "the dog")
@@ -270,8 +273,28 @@ def test_answers_are_shown_as_they_are_written_and_can_be_stopped(visit: Callabl
         page.get_by_role("button", name="Left is better").wait_for()
         assert text.get_attribute("aria-busy") == "false"
         until(lambda: len(all_shown(live)) == 2)
+        until(lambda: [vote.value for vote in votes(live)] == ["stop", "stop"])
         page.get_by_role("button", name="Left is better").click()
-        assert last_vote(live, 1).kind == "pair"
+        until(lambda: [vote.kind for vote in votes(live)] == ["implicit", "implicit", "pair"])
+
+
+def test_what_is_copied_or_asked_again_is_told(live: Live, visit: Callable[..., Any]) -> None:
+    page = visit(live, permissions=["clipboard-read", "clipboard-write"])
+    before = len(votes(live))
+    ids = [shown.id for shown in all_shown(live)]
+    ask(page)
+    page.get_by_role("button", name="Copy answer A").click()
+    page.get_by_text("Copied").wait_for()
+    until(lambda: [vote.value for vote in votes(live)[before:]] == ["copy"])
+    page.get_by_role("button", name="Ask again").click()
+    page.locator(".judge").wait_for()
+    assert page.locator(".turn").count() == 1  # in place of the answers before
+    until(lambda: len(votes(live)) == before + 2)  # A's hint is its last one
+    assert [(vote.kind, vote.value) for vote in votes(live)[before:]] == [("implicit", "regenerate")] * 2
+    drawn = [shown for shown in all_shown(live) if shown.id not in ids]
+    assert len(drawn) == 4
+    assert len({str(shown.prompt) for shown in drawn}) == 1  # what was asked again is no part of the chat
+    assert votes(live)[before].response_id != votes(live)[before + 1].response_id
 
 
 def test_a_key_is_asked_for_where_one_is_needed(keyed: Live, visit: Callable[..., Any]) -> None:
@@ -353,21 +376,25 @@ def test_the_operator_promotes_and_rolls_back(tmp_path: Path, visit: Callable[..
         page = visit(live, "/loop")
         sign_in(page, KEY)
         row = page.locator('tr[data-version="v2"]')
-        assert "71.0 %66.0 to 76.0 %" in re.sub(r"\s*\n\s*", "", row.inner_text())
-        assert "0.0312" in row.inner_text()
+        assert "71.0 %66.0 to 76.0 %" in re.sub(r"\s*\n\s*", "", row.inner_text()).replace("\xa0", " ")
+        assert "0.031" in row.inner_text()
         assert MARKUP in row.inner_text()  # as text
-        assert "100.0 %" in page.locator('tr[data-version="v1"]').inner_text()
+        assert "100.0\xa0%" in page.locator('tr[data-version="v1"]').inner_text()
+        assert page.get_by_role("columnheader").all_inner_texts()[1:4] == [
+            "Satisfaction",
+            "Reward accuracy",
+            "KL, nats a token",
+        ]
+        page.get_by_text("key can promote and roll back here").wait_for()
+        assert page.get_by_role("button", name=re.compile("Promote|Roll back")).count() == 0
+        page.get_by_role("button", name="Sign out").click()
+        sign_in(page, ADMIN_KEY)
         page.get_by_role("button", name="Promote v2").click()
-        for key, told in ((KEY, "this needs a key of role admin"), ("af_x_y", "This key is not good.")):
-            page.get_by_label("Admin").fill(key)
-            page.get_by_role("dialog").get_by_role("button", name="Promote").click()
-            page.get_by_text(told).wait_for()
-        page.get_by_label("Admin").fill(ADMIN_KEY)
         page.get_by_role("dialog").get_by_role("button", name="Promote").click()
         row.get_by_text("serving").wait_for()
         assert served(live) == "v2"  # of the very next answer
         page.get_by_role("button", name="Roll back").click()
-        page.get_by_role("dialog").get_by_role("button", name="Roll back").click()  # the key is known by now
+        page.get_by_role("dialog").get_by_role("button", name="Roll back").click()
         page.locator('tr[data-version="v1"]').get_by_text("serving").wait_for()
         assert served(live) == "v1"
         page.locator('tr[data-version="v2"]').get_by_text("rolled back by hand").wait_for()

@@ -8,10 +8,19 @@ from typing import Any, get_args
 
 import httpx
 import pytest
-from online.server.serving import ADMIN_KEY, KEY, OTHER_KEY, Live, listening, make_service
+from online.server.serving import (
+    ADMIN_KEY,
+    ANNOTATOR_KEY,
+    KEY,
+    OTHER_KEY,
+    Live,
+    listening,
+    make_service,
+    until,
+)
 
 from alignfast.online.server.app import make_app
-from alignfast.online.server.guard import COOKIE, Caller, Signer
+from alignfast.online.server.guard import COOKIE, PAGE_HEADER, Caller, Signer
 from alignfast.online.server.run import check_address
 from alignfast.online.store.keys import Role
 
@@ -85,6 +94,44 @@ def test_a_users_key_opens_what_is_for_users(live: Live) -> None:
             assert http.get("/v1/models").status_code == 200
             assert http.get("/nowhere").json()["error"]["message"] == "Not Found"
             assert http.put("/v1/models", json={}).status_code == 405
+
+
+OWN_PAGE = {PAGE_HEADER: "1"}
+USERS = {
+    ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("POST", "/v1/feedback"), ("POST", "/v1/session"),
+    ("GET", "/v1/models"), ("GET", "/v1/models/tiny"), ("GET", "/v1/loop"), ("GET", "/v1/session"), ("DELETE", "/v1/session"),
+    ("GET", "/health"),
+}  # fmt: skip
+ANNOTATORS = {("GET", "/v1/label/next"), ("POST", "/v1/label/skip")}
+ADMINS = {
+    ("POST", "/v1/loop/promote"), ("POST", "/v1/loop/rollback"), ("GET", "/metrics"), ("GET", "/v1/label/agreement"),
+}  # fmt: skip
+BODIES: dict[str, Any] = {"/v1/loop/promote": {"version": "nowhere"}, "/v1/label/skip": {"item": "nowhere"}}
+
+
+@pytest.mark.parametrize("by", ["key", "cookie", "cookie of another page"])
+@pytest.mark.parametrize("key", [KEY, ANNOTATOR_KEY, ADMIN_KEY])
+def test_every_route_by_role(live: Live, key: str, by: str) -> None:
+    """By key and by cookie; an admin's cookie opens what is for admins and annotators on this server's page alone."""
+    assert set(routes(live)) == USERS | ANNOTATORS | ADMINS
+    allowed = USERS | (ANNOTATORS if key != KEY else set()) | (ADMINS if key == ADMIN_KEY else set())
+    if by == "cookie of another page" and key == ADMIN_KEY:
+        allowed = USERS
+    if by != "key":
+        allowed -= {("POST", "/v1/session")}
+    for method, path in sorted(USERS | ANNOTATORS | ADMINS):
+        with live.http(
+            None if by != "key" else key, cookies=None if by == "key" else signed_in(live, key)
+        ) as http:
+            headers = OWN_PAGE if by == "cookie" else None
+            status = http.request(method, path, json=BODIES.get(path, {}), headers=headers).status_code
+        assert status != 401, (method, path)
+        assert (status != 403) == ((method, path) in allowed), (method, path, status)
+
+
+def signed_in(live: Live, key: str) -> dict[str, str]:
+    with live.http(key) as http:
+        return {COOKIE: http.post("/v1/session").cookies[COOKIE]}
 
 
 def test_without_keys_the_loopback_alone_is_answered(keyless: Live) -> None:
@@ -286,10 +333,49 @@ def test_a_cookie_stands_for_the_user_of_the_key(live: Live) -> None:
         assert http.post("/v1/session").status_code == 403  # or a cookie would live for ever
         assert http.get("/metrics").status_code == 403
     assert live.votes(shown)
-    with live.http(ADMIN_KEY) as http:
-        admins = {COOKIE: http.post("/v1/session").cookies[COOKIE]}
-    with live.http(None, cookies=admins) as http:
-        assert http.get("/metrics").status_code == 403  # an admin's cookie is a user's
+
+
+def test_an_admins_cookie_is_good_on_this_servers_page_alone(live: Live) -> None:
+    """A page of another port is of the same site, so that SameSite lets the cookie go with what it sends."""
+    with live.http(None, cookies=signed_in(live, ADMIN_KEY)) as http:
+        for site, status in (
+            (None, 200),
+            ("same-origin", 200),
+            ("same-site", 403),
+            ("cross-site", 403),
+            ("none", 403),
+        ):
+            headers = OWN_PAGE if site is None else {**OWN_PAGE, "Sec-Fetch-Site": site}
+            assert http.get("/metrics", headers=headers).status_code == status, site
+        refused = http.get("/metrics", headers={"Sec-Fetch-Site": "same-origin"})
+        assert (
+            "an admin's cookie is good on this server's own page alone" in refused.json()["error"]["message"]
+        )
+        asked = {"Origin": "http://localhost:1", "Access-Control-Request-Method": "POST"}
+        asked["Access-Control-Request-Headers"] = PAGE_HEADER
+        answer = http.options(
+            "/v1/loop/rollback", headers=asked
+        )  # which is how a browser asks whether it may
+        assert answer.status_code == 405
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_a_cookie_ends_with_its_key() -> None:
+    service = make_service()
+    key, made = service.store.keys.make("dora", "admin")
+    with listening(service) as live, live.http(None, cookies=signed_in(live, key)) as http:
+        assert http.get("/metrics", headers=OWN_PAGE).status_code == 200
+        service.store.keys.revoke(made.id)
+        until(lambda: http.get("/metrics", headers=OWN_PAGE).status_code == 401)
+
+
+def test_a_cookie_of_the_loopback_ends_with_the_first_key() -> None:
+    with listening(make_service(keys=None)) as live, live.http(None) as http:
+        assert http.post("/v1/session").status_code == 200
+        assert http.get("/metrics", headers=OWN_PAGE).status_code == 200
+        live.store.keys.make("ann")
+        live.watch.look()
+        assert http.get("/v1/models", headers=OWN_PAGE).status_code == 401
 
 
 def test_a_token_with_a_cookie_is_the_cookies_vote(live: Live) -> None:
@@ -320,9 +406,10 @@ def test_cookies_and_tokens_are_good_for_what_they_were_made_for() -> None:
     signer, other = Signer(b"one"), Signer(b"two")
     cookie, token = signer.cookie("ann", 60), signer.token("cmpl-1")
     assert signer.caller_of(cookie) == Caller("ann", by="cookie")
+    assert signer.caller_of(signer.cookie("ann", 60, key_id="3f")) == Caller("ann", by="cookie", key_id="3f")
     roles = {role: signer.caller_of(signer.cookie("ann", 60, role)) for role in get_args(Role)}
     assert {role: caller and caller.role for role, caller in roles.items()} == {
-        "user": "user", "annotator": "annotator", "admin": "user",
+        "user": "user", "annotator": "annotator", "admin": "admin",
     }  # fmt: skip
     assert signer.caller_of(signer.cookie("ann", -1)) is None
     body, _, mac = cookie.rpartition(".")

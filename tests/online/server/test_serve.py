@@ -38,6 +38,7 @@ def test_sigterm_ends_no_answer_before_its_time(folder: Path, tmp_path: Path) ->
         assert "version tiny" in server.said
         assert "a key is needed for every route but /health" in server.said
         assert f"kept in {db}" in server.said
+        assert "`alignfast init online` writes a recipe" in server.said
         assert "2 prompts were put into the queue at /label" in server.said
         assert httpx.get(f"{server.url}/v1/models").status_code == 401
         header = {"Authorization": f"Bearer {key}"}
