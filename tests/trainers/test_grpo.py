@@ -95,10 +95,18 @@ def test_the_first_ratio_is_1_and_the_gradient_that_of_plain_policy_gradient(tmp
     )
 
 
-def test_old_log_probs_are_those_of_the_policy_that_drew(tmp_path):
-    """Off-policy steps begin at a ratio of 1 as well: the engine's log-probs are the trainer's."""
-    trainer = make_trainer(tmp_path, max_steps=1, steps_per_generation=2, per_device_train_batch_size=4)
+@pytest.mark.parametrize(
+    "sampling", [{}, dict(temperature=0.5), dict(temperature=1.7, top_k=9, top_p=0.9, min_p=0.01)], ids=str
+)
+def test_old_log_probs_are_those_of_the_policy_that_drew(tmp_path, sampling):
+    """Off-policy steps begin at a ratio of 1 as well: the engine's log-probs are the trainer's, and the reference's are
+    of the same temperature."""
+    trainer = make_trainer(
+        tmp_path, model=make_llama(initializer_range=0.5), max_steps=1, steps_per_generation=2,
+        per_device_train_batch_size=4, beta=0.1, **sampling,
+    )  # fmt: skip
     trainer.train()
+    assert abs(logged(trainer, "kl")[0]) < 1e-5
     assert math.isclose(logged(trainer, "ratio")[0], 1.0, abs_tol=1e-5)
     assert math.isclose(logged(trainer, "max_ratio")[0], 1.0, abs_tol=1e-5)
 
