@@ -204,12 +204,16 @@ def test_what_has_no_reward_is_left_out_never_scored_0(tmp_path, caplog):
     def fails_once(completions, **columns):
         return [None if i % 4 == 1 else 1.0 + i % 4 for i in range(len(completions))]
 
-    trainer = make_trainer(tmp_path, fails_once, max_steps=1)
+    trainer = make_trainer(tmp_path, fails_once, max_steps=1, beta=0.1)
     trainer.train()
-    advantages = [a[0].item() for a in trainer.experience.advantages]
-    assert advantages[1] == advantages[5] == 0
-    assert advantages[:4] == pytest.approx([-1.0911, 0.0, 0.2182, 0.8729], abs=1e-3)  # of 1, 3 and 4
+    experience = trainer.experience
+    assert [len(a) == 0 for a in experience.advantages] == [
+        i % 4 == 1 for i in range(8)
+    ]  # nor has it a KL term
+    advantages = [a[0].item() for a in experience.advantages if len(a)]
+    assert advantages[:3] == pytest.approx([-1.0911, 0.2182, 0.8729], abs=1e-3)  # of 1, 3 and 4
     assert logged(trainer, "unscored") == [0.25]
+    assert trainer.step_counts["tokens"] == sum(map(len, experience.advantages))
 
 
 def test_no_reward_at_all_stops_the_run(tmp_path):
