@@ -152,6 +152,17 @@ def test_a_draw_serves_its_steps_and_iterations(tmp_path):
         assert [ROWS[int(answer)]["prompt"] for answer in answers] == prompts
 
 
+def test_a_group_computes_its_prompt_once_in_training_too(tmp_path):
+    trainer, seen = make_trainer(tmp_path, max_steps=1), []
+    compute = trainer.compute_loss
+    trainer.compute_loss = lambda batch, *more: seen.append(batch.num_tokens) or compute(batch, *more)
+    trainer.train()
+    trees = trainer.experience.trees
+    assert seen == [
+        sum(len(tree.answers[0]) for tree in trees) + sum(map(len, {tree.prompt for tree in trees}))
+    ]
+
+
 def test_groups_without_variance_are_skipped_and_counted(tmp_path):
     def flat_for_cats(prompts, completions, **columns):
         return [0.5 if "cat" in prompt else float(len(text)) for prompt, text in zip(prompts, completions)]
