@@ -220,15 +220,20 @@ def _samples(file: Path) -> list[str]:
         [[prompt, *(texts.get(step, "") for step in ends)] for prompt, texts in by_prompt.items()],
     )
     ends = _ends(drawn)
+    shown = [row for row in drawn if row["step"] in ends]
+    each = list(dict.fromkeys(name for row in shown for name in row.get("rewards", {})))
+    each = each if len(each) > 1 else []  # one function's is the reward
     draws = table(
-        ["step", "prompt", "completion", "reward"],
+        ["step", "prompt", "completion", *each, "reward"],
         [
-            [f"{row['step']:,}", _text(row["prompt"]), _text(row["completion"]), _reward(row["reward"])]
-            for row in drawn
-            if row["step"] in ends
+            [
+                f"{row['step']:,}", _text(row["prompt"]), _text(row["completion"]),
+                *(_reward(row["rewards"].get(name)) for name in each), _reward(row["reward"]),
+            ]
+            for row in shown
         ],
-        numbers=(0, 3),
-    )
+        numbers=(0, *range(3, 4 + len(each))),
+    )  # fmt: skip
     return [section("Samples", sides), section("Completions that were trained on, first and last", draws)]
 
 

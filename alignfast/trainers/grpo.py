@@ -159,10 +159,6 @@ class GRPOTrainer(OnPolicyTrainer):
         terms = self.args.beta or self.args.entropy_coef
         return bool(terms) or bool((self.experience.advantages[row] != 0).any())
 
-    def trains_on(self, of: Drawn) -> bool:
-        """Whether a completion's tokens carry loss: not while it waits for its reward."""
-        return super().trains_on(of) and not of.late
-
     def collect(self, number: int) -> Experience:
         """Draw completions, and say what each is worth."""
         args, n = self.args, self.args.num_generations

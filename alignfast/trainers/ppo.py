@@ -194,10 +194,6 @@ class PPOTrainer(OnPolicyTrainer):
         shuffled = np.random.default_rng((seed, number, iteration)).permutation(len(self.experience.trees))
         return shuffled.tolist()
 
-    def trains_on(self, of: Drawn) -> bool:
-        """Whether a completion's tokens carry loss: those without a reward teach nothing."""
-        return super().trains_on(of) and of.reward == of.reward
-
     # Draws
 
     def appraise(self, drawn: list[Drawn], metrics: dict[str, float]) -> Experience:

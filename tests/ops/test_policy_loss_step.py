@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ops.heads import Gemms
 from ops.policies import COMPILED, Tokens, needed
 from torch import Tensor
 
@@ -63,6 +64,35 @@ def test_a_whole_policy_step(name: str, chunk_rows: int, backend: str) -> None:
         torch.testing.assert_close(value, expected[key], **close)
     for actual, wanted in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(plain_T.sum(), leaves)):
         torch.testing.assert_close(actual, wanted, **close)
+
+
+@pytest.mark.parametrize(("name", "backend"), STEPS)
+def test_a_step_is_three_gemms_of_the_head(name: str, backend: str) -> None:
+    """The two of the backward pass on tokens that have a gradient alone: not masked, not clipped, of some advantage."""
+    tokens, generator = Tokens([12, 4, 15, 1, 8]), torch.Generator().manual_seed(1)
+    hidden_TD, weight_VD = (torch.randn(n, 16, generator=generator).requires_grad_() for n in (40, 60))
+    targets_T = torch.randint(0, 60, (40,), generator=generator)
+    tokens.advantages_T[12:16] = 0  # of the second completion
+    num_items = 5 if LOSSES[name].counts == "sequences" else int(tokens.mask_T.sum())
+    options = needed(name) | {"num_items": num_items, "loss_type": name, "backend": backend}
+    constants = {key: x_T for key, x_T in tokens.tensors(tokens.logps_T).items() if key != "ref_logps_T"}
+    logps_T = (hidden_TD @ weight_VD.T).log_softmax(1).gather(1, targets_T[:, None])[:, 0].detach()
+    constants["old_logps_T"] = logps_T + 0.3 * torch.randn(40, generator=generator)
+    logps_T.requires_grad_()
+    (slope_T,) = torch.autograd.grad(policy_loss(logps_T, **constants, **options)[0].sum(), logps_T)
+    active = int((slope_T != 0).sum())
+    assert active < int(tokens.mask_T.sum())
+
+    def loss_fn(stats: Any, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        part = {key: x_T[rows] for key, x_T in constants.items()}
+        loss_T, metrics = policy_loss(stats.logps, **part, **options)
+        return loss_T.sum(), metrics
+
+    with Gemms() as gemms:
+        linear_loss(hidden_TD, weight_VD, targets_T, loss_fn, group_sizes=tokens.lengths, chunk_rows=64)[
+            0
+        ].backward()
+    assert gemms.shapes == [(40, 16, 60), (active, 60, 16), (60, active, 16)]
 
 
 def test_on_policy_inside_linear_loss() -> None:

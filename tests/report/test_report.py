@@ -202,6 +202,22 @@ def test_an_on_policy_run_has_its_plots_and_samples(tmp_path: Path) -> None:
     for text in ("greedy at 0", "greedy at 20", "drawn at 1", "none", "drawn at 20", "0.75"):
         assert text in page.text
     assert "drawn at 10" not in page.text
+    assert "correctness" not in page.text
+
+
+def test_completions_stand_with_the_reward_of_each_function(tmp_path: Path) -> None:
+    rewards: list[dict[str, float | None]] = [
+        {"correctness": 0.125, "form": None},
+        {"correctness": 0.25, "form": 0.5},
+    ]
+    samples = [
+        {"step": step, "prompt": "p", "completion": "c", "reward": 0.875, "rewards": of}
+        for step, of in zip((1, 20), rewards)
+    ]
+    text = read_page(write_report(write_run(tmp_path / "run", on_policy_rows(), samples))).text
+    cells = "".join(text[text.index("Completions that were trained on") :].split())
+    assert "steppromptcompletioncorrectnessformreward" in cells
+    assert "1pc0.125none0.87520pc0.250.50.875" in cells
 
 
 def test_the_frontier_is_of_what_was_logged() -> None:

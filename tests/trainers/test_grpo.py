@@ -95,10 +95,18 @@ def test_the_first_ratio_is_1_and_the_gradient_that_of_plain_policy_gradient(tmp
     )
 
 
-def test_old_log_probs_are_those_of_the_policy_that_drew(tmp_path):
-    """Off-policy steps begin at a ratio of 1 as well: the engine's log-probs are the trainer's."""
-    trainer = make_trainer(tmp_path, max_steps=1, steps_per_generation=2, per_device_train_batch_size=4)
+@pytest.mark.parametrize(
+    "sampling", [{}, dict(temperature=0.5), dict(temperature=1.7, top_k=9, top_p=0.9, min_p=0.01)], ids=str
+)
+def test_old_log_probs_are_those_of_the_policy_that_drew(tmp_path, sampling):
+    """Off-policy steps begin at a ratio of 1 as well: the engine's log-probs are the trainer's, and the reference's are
+    of the same temperature."""
+    trainer = make_trainer(
+        tmp_path, model=make_llama(initializer_range=0.5), max_steps=1, steps_per_generation=2,
+        per_device_train_batch_size=4, beta=0.1, **sampling,
+    )  # fmt: skip
     trainer.train()
+    assert abs(logged(trainer, "kl")[0]) < 1e-5
     assert math.isclose(logged(trainer, "ratio")[0], 1.0, abs_tol=1e-5)
     assert math.isclose(logged(trainer, "max_ratio")[0], 1.0, abs_tol=1e-5)
 
@@ -142,6 +150,17 @@ def test_a_draw_serves_its_steps_and_iterations(tmp_path):
         assert len(prompts) == 8
         assert prompts[:4] == [prompts[0]] * 4
         assert [ROWS[int(answer)]["prompt"] for answer in answers] == prompts
+
+
+def test_a_group_computes_its_prompt_once_in_training_too(tmp_path):
+    trainer, seen = make_trainer(tmp_path, max_steps=1), []
+    compute = trainer.compute_loss
+    trainer.compute_loss = lambda batch, *more: seen.append(batch.num_tokens) or compute(batch, *more)
+    trainer.train()
+    trees = trainer.experience.trees
+    assert seen == [
+        sum(len(tree.answers[0]) for tree in trees) + sum(map(len, {tree.prompt for tree in trees}))
+    ]
 
 
 def test_groups_without_variance_are_skipped_and_counted(tmp_path):
@@ -196,12 +215,16 @@ def test_what_has_no_reward_is_left_out_never_scored_0(tmp_path, caplog):
     def fails_once(completions, **columns):
         return [None if i % 4 == 1 else 1.0 + i % 4 for i in range(len(completions))]
 
-    trainer = make_trainer(tmp_path, fails_once, max_steps=1)
+    trainer = make_trainer(tmp_path, fails_once, max_steps=1, beta=0.1)
     trainer.train()
-    advantages = [a[0].item() for a in trainer.experience.advantages]
-    assert advantages[1] == advantages[5] == 0
-    assert advantages[:4] == pytest.approx([-1.0911, 0.0, 0.2182, 0.8729], abs=1e-3)  # of 1, 3 and 4
+    experience = trainer.experience
+    assert [len(a) == 0 for a in experience.advantages] == [
+        i % 4 == 1 for i in range(8)
+    ]  # nor has it a KL term
+    advantages = [a[0].item() for a in experience.advantages if len(a)]
+    assert advantages[:3] == pytest.approx([-1.0911, 0.2182, 0.8729], abs=1e-3)  # of 1, 3 and 4
     assert logged(trainer, "unscored") == [0.25]
+    assert trainer.step_counts["tokens"] == sum(map(len, experience.advantages))
 
 
 def test_no_reward_at_all_stops_the_run(tmp_path):

@@ -105,11 +105,29 @@ def test_the_first_ratio_is_1(tmp_path):
     alone.train()
     assert logged(alone, "val/ratio") == [1.0, 1.0]
     assert logged(alone, "val/ratio_var") == logged(alone, "policy/approxkl_avg") == [0.0, 0.0]
-    passes = make_trainer(tmp_path / "b", steps_per_generation=2, max_steps=4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(temperature=0.5),
+        dict(temperature=1.7, top_k=9, top_p=0.9, min_p=0.01),
+        dict(critic="shared", temperature=0.5),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("make", [make_llama, make_gpt2_with_dropout])
+def test_the_first_of_several_passes_begins_at_1(tmp_path, make, options):
+    """Drawn and trained on at one temperature and without dropout; so is the reference, from which nothing is far yet."""
+    passes = make_trainer(
+        tmp_path, model=make(initializer_range=0.5), steps_per_generation=2, max_steps=4, **options
+    )
     passes.train()
     ratios = logged(passes, "max_ratio")
     assert math.isclose(ratios[0], 1.0, abs_tol=1e-5)
     assert ratios[2] > 1.001
+    assert abs(logged(passes, "objective/kl")[0]) < 1e-4
 
 
 def test_advantages_are_gae_of_a_reward_on_the_last_token_and_kl_on_all(tmp_path):
