@@ -85,7 +85,8 @@ def test_one_who_floods_is_held_by_the_caps(start: Path, tmp_path: Path) -> None
     assert free < 0.2
 
 
-# A point is not held against a flood: measured at -1.14 ± 0.78 points, -0.68 ± 0.42 without it.
+# A point is not held against a flood: measured at -1.14 ± 0.78 points, -0.68 ± 0.42 without it. A model that starts from
+# nothing is that uncertain by itself: another seed of the training, all votes honest, changed five runs by -1.6 to 0.6 points.
 FLOOD = pytest.param(300, marks=pytest.mark.xfail(reason="-1.14 ± 0.78 points over ten seeds", strict=False))
 
 
@@ -103,3 +104,22 @@ def test_one_in_twenty_moves_accuracy_by_a_point_at_most(start: Path, tmp_path: 
         found.append(after - before)
     print(f"flood of {flood}: {change(found)}")
     assert abs(change(found).mean) <= 0.01
+
+
+@pytest.mark.slow
+def test_one_in_twenty_who_flood_move_the_next_version_by_a_point_at_most(
+    start: Path, tmp_path: Path
+) -> None:
+    """The same votes and the same flood, learned by a model that others' votes have taught before, as in each round but the first."""
+    found = []
+    for seed in range(10):
+        taught = tmp_path / f"{seed}-taught"
+        accuracy(start, taught, said(2000 + seed, 800), seed)
+        honest = said(seed, 800)
+        before, after = (
+            accuracy(taught / "model", tmp_path / f"{seed}-{side}", votes, seed, learning_rate=2e-3)
+            for side, votes in enumerate([honest, with_colluders(honest, seed, flood=300)])
+        )
+        found.append(after - before)
+    print(f"flood in a later round: {change(found)}")
+    assert change(found).mean - change(found).half >= -0.01
