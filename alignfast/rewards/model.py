@@ -89,8 +89,11 @@ class ModelReward:
         folder = Path(folder).expanduser()
         model = _load(folder, dtype or torch.float32, trust_remote_code).to(device or "cpu")
         tokenizer = load_tokenizer(None, folder, trust_remote_code=trust_remote_code)
-        scorer = ClassifierScorer(model, tokenizer)
-        return cls(scorer, disagreement_coef=disagreement_coef, name=folder.resolve().name)
+        try:
+            scorer = ClassifierScorer(model, tokenizer)
+            return cls(scorer, disagreement_coef=disagreement_coef, name=folder.resolve().name)
+        except ValueError as error:  # ModelRefused is one
+            raise type(error)(f"{folder}: {error}") from error
 
     def require(self, columns: Collection[str], conversational: bool) -> None:
         """Raise ValueError unless the scorer can read such rows."""

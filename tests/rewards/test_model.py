@@ -229,9 +229,11 @@ def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
         ClassifierScorer(relabelled, word_tokenizer())
 
 
-def test_another_tokenizer_is_refused_before_scoring() -> None:
+def test_another_tokenizer_is_refused_before_scoring(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="token ids up to 22 and the reward model knows 20 tokens"):
         ClassifierScorer(make_model(vocab_size=20), word_tokenizer())
+    with pytest.raises(ValueError, match=r"judge: the tokenizer gives token ids up to 22"):
+        RewardSet(save(tmp_path / "judge", make_model(vocab_size=20)))
 
 
 def test_a_completion_that_is_too_long_is_left_out_alone() -> None:

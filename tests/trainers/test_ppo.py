@@ -185,6 +185,37 @@ def test_advantages_are_gae_of_a_reward_on_the_last_token_and_kl_on_all(tmp_path
     )
 
 
+def test_what_a_tool_wrote_is_read_and_not_trained_on(tmp_path):
+    """Values and log-probs are of the policy's own tokens behind it; the score lands on the last of those."""
+    wrote = [True, False, False, True, True, False]
+    rng = torch.Generator().manual_seed(0)
+
+    def rollout(prompts, trainer):
+        ids = torch.randint(3, 24, (len(prompts), 6), generator=rng).tolist()
+        prompt_ids = [trainer.processing_class(prompt)["input_ids"] for prompt in prompts]
+        return {
+            "prompt_ids": prompt_ids, "completion_ids": ids, "logprobs": [[-3.0] * 6 for _ in ids],
+            "env_mask": [list(map(int, wrote)) for _ in ids],
+        }  # fmt: skip
+
+    critic = make_reward_llama(seed=3)
+    trainer = make_trainer(
+        tmp_path, by_length, rollout_func=rollout, value_model=critic, kl_coef=0, gamma=1.0, lam=1.0, max_steps=1,
+        learning_rate=0, whiten_advantages=False,
+    )  # fmt: skip
+    trainer.train()
+    experience, critic = trainer.experience, make_reward_llama(seed=3)
+    for tree, values_L, returns_L in zip(
+        experience.trees, experience.more["values"], experience.more["returns"]
+    ):
+        assert list(tree.trained[0]) == wrote
+        ids_1L = torch.tensor([tree.prompt + tree.answers[0]])
+        with torch.no_grad():
+            before_L = critic.score(critic.model(ids_1L).last_hidden_state[0])[len(tree.prompt) - 1 : -1, 0]
+        assert torch.allclose(values_L, before_L[torch.tensor(wrote)], atol=1e-5)
+        assert returns_L.tolist() == pytest.approx([6.0] * 3, abs=1e-5)  # the whole score, from wherever
+
+
 def test_pad_may_be_the_end_token(tmp_path):
     """The end token carries the reward and is trained, whatever pads."""
     tokenizer = make_tokenizer()
