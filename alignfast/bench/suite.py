@@ -26,7 +26,7 @@ from alignfast.bench.results import Run, run_of
 SUITES = ("quick", "full", "smoke")
 _OURS = ("alignfast", "patched")  # how the names of our providers begin
 # Whole training steps and rollouts take minutes each: the quick suite has the ops alone
-_LONG = {"dpo_step", "grpo_step", "ppo_step", "patch_trl", "rollout"}
+_LONG = {"dpo_step", "grpo_step", "ppo_step", "patch_trl", "rollout", "server"}
 
 
 def benches_folder() -> Path:
@@ -101,9 +101,10 @@ def run_benches(
     for path in (json_file, left_out_file):
         path.unlink(missing_ok=True)
     command = [
-        sys.executable, "-m", "pytest", "-q", "-rN", "--tb=line", "-p", "no:cacheprovider", "-c", os.devnull,
-        f"--rootdir={folder}", "--import-mode=importlib", "-o", f"pythonpath={folder}", "-o", "python_files=bench_*.py",
-        "-o", "python_functions=bench_*", f"--benchmark-json={json_file}", "--benchmark-sort=fullname",
+        sys.executable, "-m", "pytest", "-q", "-rN", "--tb=line", "--continue-on-collection-errors",
+        "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={folder}", "--import-mode=importlib",
+        "-o", f"pythonpath={folder} {folder.parent / 'tests'}", "-o", "python_files=bench_*.py", "-o",
+        "python_functions=bench_*", f"--benchmark-json={json_file}", "--benchmark-sort=fullname",
         "--benchmark-columns=min,median,iqr,rounds",
         f"--left-out={left_out_file}", f"--providers={providers}", *flags, *map(str, files),
     ]  # fmt: skip
