@@ -27,7 +27,8 @@ from alignfast.rollout import RolloutEngine, Sampling, make_engine
 PROMPTS, EACH = sizes((4, 8), (2, 2))
 PROMPT_TOKENS, NEW_TOKENS = sizes((128, 64), (9, 5))
 ROUNDS = sizes(7, 1)
-PROVIDERS = ["alignfast native", "generate", "generate with log-probs", "vllm"]
+FLASH = "alignfast native, flash-attn"  # which of the two decodes faster, no machine has said yet
+PROVIDERS = ["alignfast native", FLASH, "generate", "generate with log-probs", "vllm"]
 SHAPES = ["0.5b"] if torch.cuda.is_available() else ["tiny", "135m"]
 if torch.cuda.is_available():
     PROMPTS, EACH, NEW_TOKENS = sizes((32, 8, 256), (2, 2, 5))
@@ -42,10 +43,10 @@ def model_of(shape: str) -> tuple[Any, Any]:
 
 
 @cache
-def engine_of(shape: str, name: str) -> RolloutEngine:
+def engine_of(shape: str, name: str, **options: Any) -> RolloutEngine:
     """One engine for all rounds, as a trainer has it; its first call probes the model."""
     model, tokenizer = model_of(shape)
-    return make_engine(name, Policy(model), tokenizer)
+    return make_engine(name, Policy(model), tokenizer, **options)
 
 
 def prompts_of(round_number: int) -> list[list[int]]:
@@ -76,7 +77,13 @@ def provider(name: str, shape: str) -> Callable[[int], list[list[int]]]:
         return lambda number: generate(model, prompts_of(number), EACH, 1.0)
     if name == "vllm":
         return vllm(shape)
-    engine = engine_of(shape, "native" if name == "alignfast native" else "transformers")
+    if name == FLASH:
+        try:
+            engine = engine_of(shape, "native", decode_backend="flash")
+        except RuntimeError as absent:
+            pytest.skip(str(absent))
+    else:
+        engine = engine_of(shape, "native" if name == "alignfast native" else "transformers")
 
     def ours(number: int) -> list[list[int]]:
         found = engine.generate(prompts_of(number), sampling(EACH, 1.0, number))
