@@ -42,7 +42,8 @@ def page(run: Run, plots: Sequence[Plot], source: Callable[[Path], str]) -> str:
         if plot.kind == "roofline":
             parts += [
                 "<h2>Roofline</h2><p class=soft>Across: FLOPs by byte that must be moved. Up: FLOPs a second that were "
-                "reached. The lines are this machine's own limits, measured in the same run.</p>",
+                "reached. The lines are this machine's own limits, measured in the same run; what stays in the cache may pass "
+                "the memory's.</p>",
                 _picture(plot, source),
             ]
     for kind, (title, text) in _KINDS.items():
@@ -66,10 +67,10 @@ def page(run: Run, plots: Sequence[Plot], source: Callable[[Path], str]) -> str:
 def _cards(run: Run) -> list[tuple[str, str]]:
     limits = run.limits
     return [
-        (f"{limits['read_gb_s']:.4g} GB/s", "reading memory"),
-        (f"{limits['copy_gb_s']:.4g} GB/s", "copying memory"),
-        (f"{limits['gemm_gflop_s']:.5g} GFLOP/s", "matrix products"),
-        (str(len(run.rows)), "figures"),
+        ("reading memory", f"{limits['read_gb_s']:.4g} GB/s"),
+        ("copying memory", f"{limits['copy_gb_s']:.4g} GB/s"),
+        ("matrix products", f"{limits['gemm_gflop_s']:.4g} GFLOP/s"),
+        ("figures", str(len(run.rows))),
     ]
 
 
