@@ -82,5 +82,5 @@ def test_every_bench_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     folder = suite.benches_folder()
     quick, full = (suite.chosen(folder, [], name) for name in ("quick", "full"))
     assert {path.stem for path in full} - {path.stem for path in quick} == {
-        f"bench_{name}" for name in ("dpo_step", "grpo_step", "patch_trl", "ppo_step", "rollout")
+        f"bench_{name}" for name in ("dpo_step", "grpo_step", "patch_trl", "ppo_step", "rollout", "server")
     }
