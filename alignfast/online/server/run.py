@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import signal
 from types import FrameType
@@ -57,9 +58,14 @@ def serve(service: Service, host: str, port: int, *, retention_days: float | Non
     )  # fmt: skip
     # uvicorn sends itself the signal again when all is done, which would end the process as if it had been killed
     previous = {name: signal.signal(name, _done) for name in (signal.SIGTERM, signal.SIGINT)}
+    # what torch and the routes are made of stays as long as the server: a full collection that walked through all of it
+    # held every request up for as long as some hundred votes take
+    gc.collect()
+    gc.freeze()
     try:
         uvicorn.Server(config).run()
     finally:
+        gc.unfreeze()
         for name, handler in previous.items():
             signal.signal(name, handler)
 
