@@ -18,8 +18,13 @@ struct Pages {
   const T *keys, *values;
   int64_t tokens, key_heads, width;  // of a page, of a token, of a head
 
-  int64_t row(const int32_t* pages, int64_t position, int64_t key_head) const {
-    return ((pages[position / tokens] * tokens + position % tokens) * key_heads + key_head) * width;
+  // Where the `count` tokens from `first` on lie.
+  void find(const int32_t* pages, int64_t first, int count, int64_t key_head, int64_t* rows) const {
+    int64_t page = first / tokens, token = first % tokens;
+    for (int i = 0; i < count; ++i) {
+      rows[i] = ((pages[page] * tokens + token) * key_heads + key_head) * width;
+      if (++token == tokens) token = 0, ++page;
+    }
   }
 };
 
@@ -44,11 +49,11 @@ float dot(const float* query, const T* key, int64_t width) {
   return sum(total + other);
 }
 
-// Scores of `count` <= kBlock keys from `first` on, -inf behind them.
+// Scores of the `count` <= kBlock keys at `rows`, -inf behind them.
 template <typename T>
-void score_block(const float* query, const Pages<T>& in, const int32_t* pages, int64_t key_head, int64_t first,
-                 int count, Scoring scoring, float* scores) {
-  for (int i = 0; i < count; ++i) scores[i] = dot(query, in.keys + in.row(pages, first + i, key_head), in.width);
+void score_block(const float* query, const Pages<T>& in, const int64_t* rows, int count, Scoring scoring,
+                 float* scores) {
+  for (int i = 0; i < count; ++i) scores[i] = dot(query, in.keys + rows[i], in.width);
   for (int i = 0; i < kBlock; i += kLanes) {
     F32 x = load(scores + i) * scoring.scale;
     if (scoring.softcap) x = tanh(x / scoring.softcap) * scoring.softcap;
@@ -56,16 +61,33 @@ void score_block(const float* query, const Pages<T>& in, const int32_t* pages, i
   }
 }
 
+// out[e] = keep * out[e] + sum over `count` values of p value[e], for kVectors vectors from `e` on.
+template <int kVectors, typename T>
+void add_values(const Pages<T>& in, const int64_t* rows, int count, const float* p, float keep, int64_t e, float* out) {
+  F32 sums[kVectors];
+  for (int j = 0; j < kVectors; ++j) sums[j] = load(out + e + j * kLanes) * keep;
+  for (int i = 0; i < count; ++i) {
+    const T* value = in.values + rows[i] + e;
+    for (int j = 0; j < kVectors; ++j) {
+      const int64_t left = in.width - e - j * kLanes;
+      sums[j] = fma(splat(p[i]), kVectors == 1 ? load_part(value, left) : load(value + j * kLanes), sums[j]);
+    }
+  }
+  for (int j = 0; j < kVectors; ++j) store(out + e + j * kLanes, sums[j]);
+}
+
 // out[e] = sum over keys of p value[e], over the sum of p; `query` and `out` are padded to whole vectors.
 template <typename T>
 void attend(const float* query, const Pages<T>& in, const int32_t* pages, int64_t key_head, int64_t first, int64_t end,
             Scoring scoring, float* out) {
   alignas(64) float scores[kBlock] = {};
+  int64_t rows[kBlock];
   float largest = -FLT_MAX;  // from -inf, a block of -inf would give -inf - -inf
   double total = 0.0;
   for (; first < end; first += kBlock) {
     const int count = end - first < kBlock ? int(end - first) : kBlock;
-    score_block(query, in, pages, key_head, first, count, scoring, scores);
+    in.find(pages, first, count, key_head, rows);
+    score_block(query, in, rows, count, scoring, scores);
     F32 highest = splat(largest), sums = {};
     for (int i = 0; i < kBlock; i += kLanes) highest = max(load(scores + i), highest);
     const float before = largest;
@@ -77,14 +99,9 @@ void attend(const float* query, const Pages<T>& in, const int32_t* pages, int64_
     }
     const float keep = expf(before - largest);
     total = total * keep + sum(sums);
-    for (int64_t e = 0; e < in.width; e += kLanes) store(out + e, load(out + e) * keep);
-    for (int i = 0; i < count; ++i) {
-      const T* value = in.values + in.row(pages, first + i, key_head);
-      const F32 p = splat(scores[i]);
-      for (int64_t e = 0; e < in.width; e += kLanes) {
-        store(out + e, fma(p, load_part(value + e, in.width - e), load(out + e)));
-      }
-    }
+    int64_t e = 0;
+    for (; e + 4 * kLanes <= in.width; e += 4 * kLanes) add_values<4>(in, rows, count, scores, keep, e, out);
+    for (; e < in.width; e += kLanes) add_values<1>(in, rows, count, scores, keep, e, out);
   }
   const float inverse = float(1.0 / total);
   for (int64_t e = 0; e < in.width; e += kLanes) store(out + e, load(out + e) * inverse);
