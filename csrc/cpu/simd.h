@@ -124,6 +124,19 @@ ALIGNFAST_INLINE F32 load(const F16* from) {
 
 ALIGNFAST_INLINE void store(float* to, F32 x) { memcpy(to, &x, sizeof x); }
 
+// To memory, past the caches; `to` is aligned to a vector. Another thread sees it after the end of the parallel region.
+ALIGNFAST_INLINE void stream(float* to, F32 x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, (__m512)x);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(to, (__m256)x);
+#elif defined(__SSE2__)
+  _mm_stream_ps(to, (__m128)x);
+#else
+  store(to, x);
+#endif
+}
+
 ALIGNFAST_INLINE void store(BF16* to, F32 x) {
   const U32 bits = bits_of(x);
   const U32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even

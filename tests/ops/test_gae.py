@@ -82,12 +82,13 @@ def loop_of_openrlhf(
     return advantages[::-1]
 
 
+@pytest.mark.parametrize(("B", "L"), [(5, 40), (2, 8192)])
 @pytest.mark.parametrize(("masked", "loop"), [("skip", loop_of_verl), ("decay", loop_of_openrlhf)])
-def test_definition_is_the_peers_loop(masked: str, loop: Any) -> None:
-    rows = Rows(5, 40)
+def test_definition_is_the_peers_loop(masked: str, loop: Any, B: int, L: int) -> None:
+    rows = Rows(B, L)
     rows.bootstrap_B.zero_()
     advantages_BL, returns_BL = rows.run(torch.float64, gamma=0.97, lam=0.9, masked=masked, backend="torch")
-    for b in range(5):
+    for b in range(B):
         sides = (rows.rewards_BL[b].tolist(), rows.values_BL[b].tolist(), rows.mask_BL[b].tolist())
         expected_L = torch.tensor(loop(*sides, 0.97, 0.9), dtype=torch.float64)
         assert torch.allclose(advantages_BL[b], expected_L, rtol=1e-13, atol=1e-13)
@@ -145,6 +146,19 @@ def test_holds(backend: str, device: str, B: int, L: int, masked: str) -> None:
 @pytest.mark.parametrize(("backend", "device"), c.backends_for("gae", only=c.FAST, every_isa=True))
 def test_long_rows(backend: str, device: str, lam: float, masked: str) -> None:
     conform(backend, device, Rows(2, 8192), gamma=1.0, lam=lam, masked=masked)
+
+
+# rows that begin at a vector's border, and rows that do not
+@pytest.mark.parametrize("L", [256, 129])
+@pytest.mark.parametrize(("backend", "device"), c.backends_for("gae", only=("native",), every_isa=True))
+def test_results_past_the_caches(backend: str, device: str, L: int) -> None:
+    """What is written straight to memory is what is written through the caches."""
+    rows = Rows((1 << 21) // L + 1, L)
+    whole_BL, _ = rows.run(device=device, backend=backend)
+    first = Rows(100, L)
+    for name in ("rewards_BL", "values_BL", "mask_BL", "bootstrap_B"):
+        setattr(first, name, getattr(rows, name)[-100:])
+    assert whole_BL[-100:].equal(first.run(device=device, backend=backend)[0])
 
 
 @both_ways
