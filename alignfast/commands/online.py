@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from alignfast.commands.parser import UsageError, parse_options
 
 _SIMULATE = "--simulate"
+_WORDS = (
+    "Learn from the votes in a database, round after round. `alignfast online status` says how far it is and what serves, "
+    "`promote NAME`, `refuse NAME` and `rollback` change that by hand, `--simulate` shows the whole loop on people of our own "
+    "making; each has a --help of its own."
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,10 @@ def run(command: str, argv: Sequence[str]) -> None:
     """Learn, or do what the first word says."""
     if argv and not argv[0].startswith("-"):
         if argv[0] not in _ACTIONS:
-            raise UsageError(f"there is `alignfast {command} [{' | '.join(_ACTIONS)}]`, got {argv[0]!r}")
+            raise UsageError(
+                f"there is no `alignfast {command} {argv[0]}`: a round begins with options alone, other words are "
+                f"{', '.join(_ACTIONS)}"
+            )
         _ACTIONS[argv[0]](f"{command} {argv[0]}", argv[1:])
         return
     if _SIMULATE in argv:
@@ -59,7 +67,7 @@ def run(command: str, argv: Sequence[str]) -> None:
     from alignfast.online.loop import OnlineConfig, OnlineLoop
     from alignfast.trainers.state import no_bars
 
-    options, config = parse_options(command, argv, RunOptions, OnlineConfig)
+    options, config = parse_options(command, argv, RunOptions, OnlineConfig, description=_WORDS)
     with OnlineLoop(config) as loop, no_bars():
         try:
             loop.run(once=options.once)

@@ -92,7 +92,7 @@ def _given(words: Sequence[str]) -> list[str]:
         if not word.startswith("--"):
             continue
         name, _, value = word[2:].partition("=")
-        names.append(name)
+        names.append(name.partition(".")[0])  # --peft.r 8 is a key of a mapping
         if name == "config":
             files.append(value or (words[at + 1] if at + 1 < len(words) else ""))
     for file in files:

@@ -59,7 +59,8 @@ class GateConfig:
                 raise ValueError(f"gate: {name} must lie in [0, 1], got {getattr(self, name)}")
         if not self.max_kl > 0 or not self.max_length_ratio >= 1:
             raise ValueError(
-                f"gate: expected max_kl > 0 and max_length_ratio >= 1, got {self.max_kl} and {self.max_length_ratio}"
+                f"gate: expected max_kl > 0 and max_length_ratio >= 1, got max_kl={self.max_kl} and "
+                f"max_length_ratio={self.max_length_ratio}"
             )
 
 

@@ -308,7 +308,9 @@ def _canary(connection: Connection) -> Version | None:
 def _get(connection: Connection, name: str) -> Version:
     row = connection.execute(select(versions).where(versions.c.name == name)).one_or_none()
     if row is None:
-        raise ValueError(f"there is no version {name!r}")
+        raise ValueError(
+            f"there is no version {name!r} in this database: `alignfast online status` lists those that there are"
+        )
     return _version(row)
 
 

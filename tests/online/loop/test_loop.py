@@ -234,6 +234,8 @@ def test_options_come_from_a_file(
     assert "round 1: 4 of 100 votes" in capsys.readouterr().out
     assert main(["online", "--config", str(file), "--once", "--method", "ppo"]) == 1
     assert "num_generations" in capsys.readouterr().err
+    assert main(["online", "--config", str(file), "--once", "--gate.max_length_ratio", "0.5"]) == 1
+    assert "got max_kl=0.5 and max_length_ratio=0.5" in capsys.readouterr().err  # beside the file's max_kl
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,7 @@ def test_commands(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["online", "promote", "reward-1", "--db", db]) == 1
     assert main(["online", "rollback", "--db", db]) == 1
     assert main(["online", "roll", "--db", db]) == 2
+    assert "there is no `alignfast online roll`" in capsys.readouterr().err
     assert main(["online", "--method", "sft"]) == 1
     assert "method must be one of grpo, ppo, dpo, kto, got 'sft'" in capsys.readouterr().err
 
