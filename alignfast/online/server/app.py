@@ -10,7 +10,6 @@ GET  /v1/session            DELETE /v1/session     GET /, /label, /loop, /static
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,33 +17,21 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import ValidationError
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 import alignfast
 from alignfast.online.server import labelling, loop, pages
-from alignfast.online.server.errors import ApiError, install, invalid
+from alignfast.online.server.errors import ApiError, install
+from alignfast.online.server.front import Front
 from alignfast.online.server.generate import answer, make_job
-from alignfast.online.server.guard import (
-    COOKIE,
-    OPEN,
-    VOTING,
-    BodyLimit,
-    Guard,
-    caller_of,
-    fresh_user,
-    require,
-)
-from alignfast.online.server.metrics import Measure
+from alignfast.online.server.guard import COOKIE, OPEN, caller_of, fresh_user, require
 from alignfast.online.server.schema import ChatRequest, CompletionRequest, FeedbackRequest
 from alignfast.online.server.service import Service, service_of
-from alignfast.online.server.votes import keep
 from alignfast.online.server.watch import Watch
 
 router = APIRouter()
 
 
-def make_app(service: Service, *, retention_days: float | None = None) -> FastAPI:
+def make_app(service: Service, *, retention_days: float | None = None) -> Front:
     """The ASGI application of a service whose first version is open; it stops the service when it ends.
 
     Args:
@@ -69,12 +56,7 @@ def make_app(service: Service, *, retention_days: float | None = None) -> FastAP
     for more in (loop.router, labelling.router, pages.router):
         app.include_router(more)
     install(app)
-    # the last one added comes first
-    app.add_middleware(Shortcut)
-    app.add_middleware(BodyLimit, max_bytes=service.limits.max_body_bytes)
-    app.add_middleware(Guard, service=service, open_to_all=OPEN | pages.FILES.keys())
-    app.add_middleware(Measure, metrics=service.metrics)
-    return app
+    return Front(app, service, open_to_all=OPEN | pages.FILES.keys())
 
 
 @router.post("/v1/chat/completions", response_model=None)
@@ -121,51 +103,7 @@ def _model(request: Request) -> dict[str, Any]:
 @router.post("/v1/feedback")
 async def feedback(request: Request, body: FeedbackRequest) -> dict[str, Any]:
     """Vote on an answer or on a conversation."""
-    service, caller = service_of(request), caller_of(request)
-    key = request.headers.get("idempotency-key")
-    kept = await keep(service, body, caller, key)
-    if not kept.replayed:
-        service.metrics.votes.labels(body.kind).inc()
-    return {"object": "feedback", "id": kept.vote.id, "replaces": kept.replaces, "kind": kept.vote.kind}
-
-
-class Shortcut:
-    """ASGI middleware: takes votes past FastAPI's routing, which costs twice what all the rest of a vote does.
-
-    What the schema says of the route, and other methods, are the route's own.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI."""
-        if scope["type"] != "http" or (scope["path"], scope["method"]) != (VOTING, "POST"):
-            await self.app(scope, receive, send)
-            return
-        request = Request(scope, receive)
-        scope["route"] = _Voting
-        try:
-            response = JSONResponse(await feedback(request, _vote_in(await request.body())))
-        except ValidationError as error:
-            response = await invalid(request, error)
-        except ApiError as error:
-            response = error.response()
-        await response(scope, receive, send)
-
-
-def _vote_in(body: bytes) -> FeedbackRequest:
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(422, f"the body is no JSON: {error}", code="json_invalid") from error
-    return FeedbackRequest.model_validate(found)
-
-
-class _Voting:
-    """By which the metrics count it."""
-
-    path = VOTING
+    raise AssertionError("votes are taken by `front.Votes`; this is what the schema says of them")
 
 
 @router.post("/v1/session")

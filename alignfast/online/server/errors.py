@@ -61,7 +61,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(Exception, _unexpected)
+    app.add_exception_handler(Exception, unexpected)
 
 
 async def _api_error(request: Request, error: Any) -> JSONResponse:
@@ -92,6 +92,7 @@ async def _http(request: Request, error: Any) -> JSONResponse:
     return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
 
 
-async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+async def unexpected(request: Request, error: Exception) -> JSONResponse:
+    """The answer where the server is at fault."""
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return ApiError(500, "the server failed; its log says why").response()

@@ -23,7 +23,8 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -251,6 +252,28 @@ def fresh_user() -> str:
     return f"browser-{secrets.token_hex(8)}"
 
 
+@contextmanager
+def _deadline(seconds: float, message: str) -> Iterator[None]:
+    """Ends what the task waits for by a 408; asyncio.wait_for makes a task of its own, a tenth of a vote's time."""
+    task, late = asyncio.current_task(), False
+    assert task is not None
+
+    def end() -> None:
+        nonlocal late
+        late = True
+        task.cancel()
+
+    timer = asyncio.get_running_loop().call_later(seconds, end)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if late:
+            raise ApiError(408, message) from None
+        raise
+    finally:
+        timer.cancel()
+
+
 class BodyLimit:
     """ASGI middleware: reads a body before any route does, up to a limit, and only JSON.
 
@@ -266,12 +289,8 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         try:
-            body = await asyncio.wait_for(self._read(scope, receive), _BODY_SECONDS)
-        except asyncio.TimeoutError:
-            await ApiError(408, f"the body took longer than {_BODY_SECONDS} s").response()(
-                scope, receive, send
-            )
-            return
+            with _deadline(_BODY_SECONDS, f"the body took longer than {_BODY_SECONDS} s"):
+                body = await self._read(scope, receive)
         except ApiError as error:
             await error.response()(scope, receive, send)
             return

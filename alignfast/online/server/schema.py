@@ -22,6 +22,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": (None, "none"), "tools": (None, []), "top_logprobs": (None, 0),
 }  # fmt: skip
 _COLDEST = 1e-6  # of sample_tokens
+_as_written = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make a new encoder each time
 
 Id: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.:-]+$")]
 Place: TypeAlias = Annotated[list[Id], Field(min_length=1, max_length=16)]  # of a ranking, shared by a tie
@@ -38,7 +39,7 @@ class Body(BaseModel):
     @classmethod
     def _whole_characters(cls, data: Any) -> Any:
         try:
-            json.dumps(data, ensure_ascii=False).encode()
+            _as_written(data).encode()
         except UnicodeEncodeError:  # JSON can write one, and neither tokenizers nor databases take it
             raise ValueError("a text holds half a character (a surrogate without its other half)") from None
         return data

@@ -11,11 +11,12 @@ An episode's id means something to its user alone: in the store a digest of the 
 
 from __future__ import annotations
 
-import asyncio
 import math
-from concurrent.futures import Future
+from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
+
+from sqlalchemy import Connection
 
 from alignfast.online.feedback import TIE, IdempotencyConflict, TooManyVotes, UnknownResponse, Vote
 from alignfast.online.server.errors import ApiError
@@ -80,16 +81,14 @@ async def keep(service: Service, body: FeedbackRequest, caller: Caller, key: str
     """
     check_allowed(body, caller, key)
 
-    def submit() -> Future[Kept]:
+    def prepare() -> Callable[[Connection], Kept]:
         vote = vote_of(body, caller.user)
-        return service.store.submit_vote(
-            vote, caller=caller.own, key=key, own=True, token_of=caller.response_id
-        )
+        return service.store.voting(vote, caller=caller.own, key=key, own=True, token_of=caller.response_id)
 
     try:
         # a hook may take its time; without one nothing here waits, and a thread would cost more than the vote
-        writing = submit() if service.store.redact is None else await service.in_store(submit)
-        return await asyncio.shield(asyncio.wrap_future(writing))  # a client that leaves takes no vote back
+        work = prepare() if service.store.redact is None else await service.in_store(prepare)
+        return await service.store.write_from_loop(work)
     except UnknownResponse as error:
         if body.episode_id is not None:
             raise ApiError(

@@ -12,14 +12,15 @@ that what a transaction reads stays true until its commit, on both.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from alembic import command
 from alembic.config import Config
@@ -30,6 +31,9 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 Result = TypeVar("Result")
+AnyFuture = TypeVar("AnyFuture", Future[Any], asyncio.Future[Any])
+_Asked: TypeAlias = "tuple[Callable[[Connection], Any], Future[Any] | asyncio.Future[Any]]"
+_Answer: TypeAlias = "tuple[Future[Any] | asyncio.Future[Any], Any, BaseException | None]"
 
 _VERSION_TABLE = "schema_version"
 _MAX_BATCH = 256  # callers of one commit
@@ -177,9 +181,7 @@ class Writer:
 
     def __init__(self, engine: Engine) -> None:
         self._engine, self._pid = engine, os.getpid()
-        self._queue: queue.SimpleQueue[tuple[Callable[[Connection], Any], Future[Any]] | None] = (
-            queue.SimpleQueue()
-        )
+        self._queue: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
         self._closed = False
         self._lock = threading.Lock()  # between a call and the end
         self._thread = threading.Thread(target=self._run, name="alignfast-store", daemon=True)
@@ -202,9 +204,19 @@ class Writer:
         Raises:
             StoreError: as `write`.
         """
+        return self._ask(work, Future())
+
+    def submit_from_loop(self, work: Callable[[Connection], Result]) -> asyncio.Future[Result]:
+        """`submit` from a coroutine, whose loop is woken once for all of a batch. To cancel it takes nothing back.
+
+        Raises:
+            StoreError: as `write`.
+        """
+        return self._ask(work, asyncio.get_running_loop().create_future())
+
+    def _ask(self, work: Callable[[Connection], Result], future: AnyFuture) -> AnyFuture:
         if os.getpid() != self._pid:
             raise StoreError("a store does not survive a fork: open one in each process")
-        future: Future[Result] = Future()
         with self._lock:
             if self._closed:
                 raise StoreError("the store is closed")
@@ -229,9 +241,9 @@ class Writer:
                     break
                 batch.append(following)
             # from here on nobody can cancel: a future that refuses its result would end this thread
-            self._commit([one for one in batch if one[1].set_running_or_notify_cancel()])
+            self._commit([one for one in batch if _begins(one[1])])
 
-    def _commit(self, batch: list[tuple[Callable[[Connection], Any], Future[Any]]]) -> None:
+    def _commit(self, batch: list[_Asked]) -> None:
         """One transaction for all, in which each succeeds or fails by itself."""
         try:
             with writing(self._engine) as connection:
@@ -243,27 +255,51 @@ class Writer:
             self._commit_each(batch)
             return
         except BaseException as error:  # of the commit, which may have been made: not to be tried again
-            for _, future in batch:
-                future.set_exception(error)
+            _answer([(future, None, error) for _, future in batch])
             return
-        for (_, future), result in zip(batch, results):
-            future.set_result(result)
+        _answer([(future, result, None) for (_, future), result in zip(batch, results)])
 
-    def _commit_each(self, batch: list[tuple[Callable[[Connection], Any], Future[Any]]]) -> None:
+    def _commit_each(self, batch: list[_Asked]) -> None:
         """The same with a savepoint before each, to which one that fails goes back."""
-        done: list[tuple[Future[Any], Any]] = []
-        failed: list[tuple[Future[Any], BaseException]] = []
+        answers: list[_Answer] = []
         try:
             with writing(self._engine) as connection:
                 for work, future in batch:
                     try:
                         with connection.begin_nested():
-                            done.append((future, work(connection)))
+                            answers.append((future, work(connection), None))
                     except Exception as error:
-                        failed.append((future, error))
+                        answers.append((future, None, error))
         except BaseException as error:  # no commit: nobody is told that it was one
-            done, failed = [], [(future, error) for _, future in batch]
-        for future, result in done:
+            answers = [(future, None, error) for _, future in batch]
+        _answer(answers)
+
+
+def _begins(future: Future[Any] | asyncio.Future[Any]) -> bool:
+    """Whether its work shall still be done; from then on a thread can't cancel it."""
+    return not isinstance(future, Future) or future.set_running_or_notify_cancel()
+
+
+def _answer(answers: Sequence[_Answer]) -> None:
+    """Tell those who wait in threads at once, and those who wait in a loop by one call of it."""
+    in_loops: dict[asyncio.AbstractEventLoop, list[_Answer]] = {}
+    for future, result, error in answers:
+        if not isinstance(future, Future):
+            in_loops.setdefault(future.get_loop(), []).append((future, result, error))
+        elif error is not None:
+            future.set_exception(error)
+        else:
             future.set_result(result)
-        for future, problem in failed:
-            future.set_exception(problem)
+    for loop, told in in_loops.items():
+        with suppress(RuntimeError):  # the loop has ended, and all that waited in it
+            loop.call_soon_threadsafe(_answer_here, told)
+
+
+def _answer_here(answers: Sequence[_Answer]) -> None:
+    for future, result, error in answers:
+        if future.done():  # who waited has left
+            continue
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)

@@ -9,7 +9,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, and_, bindparam, func, insert, select, text, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    and_,
+    bindparam,
+    func,
+    insert,
+    literal_column,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.exc import IntegrityError
 
 from alignfast.online.feedback import (
@@ -33,6 +44,7 @@ from alignfast.online.store.tables import (
 
 Item = TypeVar("Item")
 
+_sorted_json = json.JSONEncoder(sort_keys=True).encode  # json.dumps would make a new encoder each time
 _CHUNK = 500  # ids in one statement; databases limit how many
 
 # What every vote runs is built once: to build and hash its statements took SQLAlchemy twice as long as to run them.
@@ -45,31 +57,36 @@ _ANSWERED = (
     .join(idempotency, idempotency.c.feedback == feedback.c.seq)
     .where(idempotency.c.caller == bindparam("caller"), idempotency.c.key == bindparam("key"))
 )
-_CAME = Prepared(
-    select(idempotency.c.feedback).where(
-        idempotency.c.caller == bindparam("caller"), idempotency.c.key == bindparam("key")
-    )
+_IS_CURRENT = and_(
+    feedback.c.user_id == bindparam("whose"),
+    feedback.c.target == bindparam("what"),
+    feedback.c.slot == bindparam("which"),
+    text("current"),  # as the index one_current_vote says it: by `current = 1` SQLite walks through all of the user's
 )
 _REPLACE = Prepared(
-    update(feedback)
-    .where(feedback.c.user_id == bindparam("whose"), feedback.c.target == bindparam("what"))
-    # as the index one_current_vote says it: by `current = 1` SQLite walks through all votes of the user
-    .where(feedback.c.slot == bindparam("which"), text("current"))
-    .values(current=text("false"))
-    .returning(feedback.c.id)
+    update(feedback).where(_IS_CURRENT).values(current=text("false")).returning(feedback.c.id)
 )
 _NAMED = select(responses.c.id, responses.c.group_id, responses.c.user_id)
-_ONE = Prepared(_NAMED.where(responses.c.id == bindparam("one")))
 _SOME = _NAMED.add_columns(responses.c.prompt).where(responses.c.id.in_(bindparam("some", expanding=True)))
 _GROUP = _NAMED.where(responses.c.group_id == bindparam("group"))
-_OLDEST = Prepared(
+# All that is asked before a vote is kept, in one statement: to run one costs more than what SQLite does for it.
+_CAME = select(idempotency.c.feedback).where(
+    idempotency.c.caller == bindparam("caller"), idempotency.c.key == bindparam("key")
+)
+_OLDEST = (
     select(feedback.c.created)
     .where(feedback.c.user_id == bindparam("whose"))
     .order_by(feedback.c.created.desc())
     .offset(bindparam("place"))
     .limit(bindparam("rows"))
 )
-_Named = namedtuple("_Named", ("id", "group_id", "user_id"))  # a row of _NAMED
+_STANDING = select(feedback.c.id).where(_IS_CURRENT)
+_BEFORE = Prepared(
+    _NAMED.add_columns(*(asked.scalar_subquery() for asked in (_CAME, _OLDEST, _STANDING))).select_from(
+        select(literal_column("1")).subquery("vote").outerjoin(responses, responses.c.id == bindparam("one"))
+    )
+)
+_Before = namedtuple("_Before", ("id", "group_id", "user_id", "came", "oldest", "standing"))  # its one row
 
 
 def chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
@@ -188,19 +205,19 @@ def insert_vote(connection: Connection, vote: Vote, request: Request) -> Kept:
     Raises:
         UnknownResponse, IdempotencyConflict, TooManyVotes, ValueError: see `Store.add_vote`.
     """
-    if request.key is not None:
-        earlier = _answered(connection, request.caller, request.key, request.said)
-        if earlier is not None:
-            return earlier
-    target, among = _target(connection, vote, request)
+    before = _before(connection, vote, request)
+    if before.came is not None:
+        return _answered(connection, request)
+    target, among = _target(connection, vote, request, before)
     vote = vote if among == vote.among else replace(vote, among=among)
     if request.limit is not None:
-        _check_limit(connection, vote, *request.limit)
-    whose = {"whose": vote.user, "what": target, "which": vote.slot}
-    replaced = _REPLACE.rows(connection, whose)
-    before = replaced[0][0] if replaced else None
+        _check_limit(vote, before.oldest, *request.limit)
+    replaces = before.standing
+    if replaces is not None or vote.slot == "comparison":  # whose target is known since `_target`
+        found = _REPLACE.rows(connection, {"whose": vote.user, "what": target, "which": vote.slot})
+        replaces = found[0][0] if found else None
     row = {name: value for name, value in vote.body.items() if name != "user"}
-    row.update(id=vote.id, user_id=vote.user, slot=vote.slot, target=target, current=True, replaces=before)
+    row.update(id=vote.id, user_id=vote.user, slot=vote.slot, target=target, current=True, replaces=replaces)
     row.update(value=json.dumps(row["value"]), among=json.dumps(row["among"]), created=vote.created)
     try:
         ((seq,),) = _KEEP_VOTE.rows(connection, row)
@@ -209,32 +226,60 @@ def insert_vote(connection: Connection, vote: Vote, request: Request) -> Kept:
     if request.key is not None:
         answered = {"caller": request.caller, "key": request.key, "body_hash": request.said}
         _KEEP_KEY.rows(connection, {**answered, "feedback": seq})
-    return Kept(vote, False, before)
+    return Kept(vote, False, replaces)
 
 
 def body_hash(vote: Vote) -> str:
     """The same for a vote that is sent again, whatever its id and time."""
-    return hashlib.sha256(json.dumps(vote.body, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(_sorted_json(vote.body).encode()).hexdigest()
 
 
-def _answered(connection: Connection, caller: str, key: str, said: str) -> Kept | None:
-    """What a request with this key was answered before.
+def _before(connection: Connection, vote: Vote, request: Request) -> _Before:
+    """What there is before a vote is kept: the answer that it is about, the vote that came with its key, the oldest of
+    those that fill the user's period, and the one that it replaces, where its target is known without looking.
+    """
+    most = 0 if request.limit is None else request.limit[0]
+    ((*found,),) = _BEFORE.rows(
+        connection,
+        {
+            "one": vote.response_id,
+            "caller": request.caller,
+            "key": request.key,
+            "whose": vote.user,
+            "place": max(most - 1, 0),
+            "rows": min(most, 1),
+            "what": _target_of(vote),
+            "which": vote.slot,
+        },
+    )
+    return _Before(*found)
+
+
+def _answered(connection: Connection, request: Request) -> Kept:
+    """What a request with a key that came before is answered.
 
     Raises:
         IdempotencyConflict: it was another vote.
     """
-    if not _CAME.rows(connection, {"caller": caller, "key": key}):
-        return None
-    row = connection.execute(_ANSWERED, {"caller": caller, "key": key}).one()
-    if row.body_hash != said:
+    row = connection.execute(_ANSWERED, {"caller": request.caller, "key": request.key}).one()
+    if row.body_hash != request.said:
         raise IdempotencyConflict(
-            f"the idempotency key {key!r} came before with another vote ({row.id}); a new vote needs a new key"
+            f"the idempotency key {request.key!r} came before with another vote ({row.id}); a new vote needs a new key"
         )
     return Kept(to_vote(row), True, row.replaces)
 
 
-def _target(connection: Connection, vote: Vote, request: Request) -> tuple[str, tuple[str, ...]]:
-    """What a vote is about, as a text by which another vote on the same is known; and what it compares.
+def _target_of(vote: Vote) -> str:
+    """What a vote is about, as a text by which another vote on the same is known; empty: its group or `among` says it."""
+    if vote.episode_id is not None:
+        return f"episode:{vote.episode_id}"
+    return "" if vote.slot == "comparison" else f"response:{vote.response_id}"
+
+
+def _target(
+    connection: Connection, vote: Vote, request: Request, before: _Before
+) -> tuple[str, tuple[str, ...]]:
+    """`_target_of`, with the group or what is named instead of an empty one; and what the vote compares.
 
     Raises:
         UnknownResponse: it is not in the store, or not the user's to vote on: the two are not told apart.
@@ -246,19 +291,17 @@ def _target(connection: Connection, vote: Vote, request: Request) -> tuple[str, 
             statement = statement.where(responses.c.user_id == vote.user)
         if connection.execute(statement.limit(1)).first() is None:
             raise UnknownResponse(f"there is no conversation {vote.episode_id!r} to vote on")
-        return f"episode:{vote.episode_id}", ()
+        return _target_of(vote), ()
     assert vote.response_id is not None
     ids = {vote.response_id, *vote.among} | _named_by(vote)
-    rows: Iterable[Any] = (
-        map(_Named._make, _ONE.rows(connection, {"one": vote.response_id}))
-        if len(ids) == 1
-        else connection.execute(_SOME, {"some": sorted(ids)})
-    )
+    rows: Iterable[Any] = [before] if before.id is not None else []
+    if len(ids) > 1:
+        rows = connection.execute(_SOME, {"some": sorted(ids)})
     named = _to_vote_on(connection, rows, vote, request)
     for id in sorted(ids - named.keys()):
         raise UnknownResponse(f"there is no response {id!r} to vote on")
     if vote.slot != "comparison":
-        return f"response:{vote.response_id}", ()
+        return _target_of(vote), ()
     if vote.among:
         prompts = {json.dumps(row.prompt, sort_keys=True) for row in named.values()}
         if len(prompts) > 1:
@@ -326,9 +369,7 @@ def _check_comparison(vote: Vote, among: tuple[str, ...]) -> None:
         )
 
 
-def _check_limit(connection: Connection, vote: Vote, most: int, seconds: float) -> None:
-    found = _OLDEST.rows(connection, {"whose": vote.user, "place": most - 1, "rows": 1})
-    oldest = found[0][0] if found else None
+def _check_limit(vote: Vote, oldest: float | None, most: int, seconds: float) -> None:
     if oldest is not None and oldest > vote.created - seconds:
         wait = oldest + seconds - vote.created
         raise TooManyVotes(

@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import secrets as random_secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -142,6 +141,10 @@ class Store:
         """Run statements as one, and return what they gave once it is on disk; see `Writer.write`."""
         return self._writer.write(work)
 
+    async def write_from_loop(self, work: Callable[[Connection], Result]) -> Result:
+        """`write` for a coroutine; to cancel it takes nothing back."""
+        return await self._writer.submit_from_loop(work)
+
     def exclusively(self) -> Any:
         """A transaction of this thread's own, beside which nobody writes: for what takes long."""
         return writing(self.engine)
@@ -181,10 +184,10 @@ class Store:
     # What was said
 
     def add_vote(self, vote: Vote, **request: Any) -> Kept:
-        """Keep a vote, and wait until it is on disk; see `submit_vote`."""
-        return self.submit_vote(vote, **request).result()
+        """Keep a vote, and wait until it is on disk; see `voting`."""
+        return self.write(self.voting(vote, **request))
 
-    def submit_vote(
+    def voting(
         self,
         vote: Vote,
         *,
@@ -192,8 +195,9 @@ class Store:
         key: str | None = None,
         own: bool = False,
         token_of: str | None = None,
-    ) -> Future[Kept]:
-        """Keep a vote; it replaces the user's last one on the same answer, and that stays as history.
+    ) -> Callable[[Connection], Kept]:
+        """What keeps a vote, to be given to `write`; it replaces the user's last one on the same answer, and that stays
+        as history.
 
         Args:
             vote: its user is as the server knows them.
@@ -204,7 +208,7 @@ class Store:
             token_of: but not this response, whose token came with the request.
 
         Returns:
-            What became of it, once that is on disk; or one of these:
+            Statements that tell what became of it, or raise one of these:
             UnknownResponse: there is no such response or conversation, or not for this user.
             IdempotencyConflict: the key came before with another vote.
             TooManyVotes: the user has reached the limit.
@@ -215,7 +219,7 @@ class Store:
         whose = vote.user if caller is None else caller
         request = Request(body_hash(vote), whose, key, own, token_of, self._limit)
         kept = redacted_vote(vote, self.redact)
-        return self._writer.submit(lambda connection: insert_vote(connection, kept, request))
+        return lambda connection: insert_vote(connection, kept, request)
 
     def add_all(self, shown: Sequence[Shown], votes: Sequence[Vote]) -> int:
         """Keep answers and votes from elsewhere, in one transaction and without a limit, less those that are there.

@@ -130,7 +130,7 @@ def listening(service: Service) -> Iterator[Live]:
     until(lambda: server.started)
     try:
         yield Live(
-            service, app.state.watch, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+            service, app.app.state.watch, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
         )
     finally:
         server.should_exit = True

@@ -158,7 +158,7 @@ def test_an_address_that_others_reach_needs_a_key(live: Live, keyless: Live) -> 
 def test_a_route_that_is_added_is_guarded_before_anybody_thinks_of_it() -> None:
     service = make_service()
     app = make_app(service)
-    app.add_api_route("/new", lambda: "secret")
+    app.app.add_api_route("/new", lambda: "secret")
 
     async def get() -> int:
         transport = httpx.ASGITransport(app)

@@ -218,7 +218,7 @@ def test_an_error_of_ours_is_told_without_its_insides(live: Live, monkeypatch: p
     def broken(*_: Any) -> Any:
         raise KeyError("secret")
 
-    monkeypatch.setattr(live.store, "submit_vote", broken)
+    monkeypatch.setattr(live.store, "voting", broken)
     with live.http(KEY) as http:
         answer = http.post("/v1/feedback", json={"response_id": "x", "kind": "thumb", "value": True})
     assert (answer.status_code, "secret" in answer.text) == (500, False)
