@@ -61,7 +61,9 @@ _IS_CURRENT = and_(
     feedback.c.user_id == bindparam("whose"),
     feedback.c.target == bindparam("what"),
     feedback.c.slot == bindparam("which"),
-    text("current"),  # as the index one_current_vote says it: by `current = 1` SQLite walks through all of the user's
+    text(
+        "current"
+    ),  # as the index one_current_vote says it: by `current = 1` SQLite walks through all of the user's
 )
 _REPLACE = Prepared(
     update(feedback).where(_IS_CURRENT).values(current=text("false")).returning(feedback.c.id)
