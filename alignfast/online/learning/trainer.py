@@ -72,7 +72,8 @@ class FeedbackConfig(RewardConfig):
     replay_ratio: float = 1.0
     """Old votes trained on again, by the number of new ones at most, >= 0."""
     peft: dict[str, Any] | None = None
-    """LoraConfig's options: adapters and the head are trained, added on the first update. None trains the whole model."""
+    """LoraConfig's options: adapters and the head are trained, added on the first update. None: the whole model, or the
+    adapters that it came with."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,6 +12,7 @@ Not done here: who is held out (the loop).
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from collections.abc import Sequence
@@ -68,7 +69,8 @@ def update_reward(
         replay: votes that earlier versions have learned from; as many are drawn as `replay_ratio` says.
 
     Raises:
-        ValueError: a vote is both trained on and held out, or nothing can be learned from any.
+        ValueError: a vote is both trained on and held out, nothing can be learned from any, or `start` has other adapters
+            than `peft` asks for.
         ValueError, TypeError: an option is wrong.
 
     >>> update = update_reward("reward-1", new, held_out, Path("work"), {"learning_rate": 1e-4})  # doctest: +SKIP
@@ -86,7 +88,7 @@ def update_reward(
             f"none of {len(train)} votes says anything of an answer that has a word in it: wait for more, or give "
             "implicit_weight where there are hints alone"
         )
-    adapted = (Path(start) / "adapter_config.json").is_file()
+    adapted = _has_adapters(start, args.peft or {})
     trainer = FeedbackTrainer(start, args, train_dataset=said, peft_config=None if adapted else args.peft)
     held = said_of([Weighed(one, 1.0) for one in distinct(held_out)], edit_kept=args.edit_kept)
     figures: dict[str, Any] = {**found.figures, "votes_replayed": len(old)}
@@ -99,6 +101,27 @@ def update_reward(
     shutil.rmtree(output_dir / "model", ignore_errors=True)
     trainer.save_model(str(output_dir / "model"))
     return RewardUpdate(output_dir / "model", figures)
+
+
+def _has_adapters(start: str, asked: dict[str, Any]) -> bool:
+    """Whether a folder is of adapters, which are then as the options say that are given.
+
+    Raises:
+        ValueError: they are not.
+    """
+    file = Path(start) / "adapter_config.json"
+    if not file.is_file():
+        return False
+    there = json.loads(file.read_text())
+    for name, value in asked.items():
+        found = there.get(name)
+        lists = isinstance(value, (list, tuple, set)) and isinstance(found, list)
+        if (set(found) != set(value)) if lists else found != value:
+            raise ValueError(
+                f"the adapters in {start} have {name}={found!r} and peft asks for {value!r}: they are gone on from as they "
+                "are, so give that, or merge them into their model first (alignfast merge)"
+            )
+    return True
 
 
 def held_out_figures(

@@ -235,6 +235,9 @@ def test_adapters_and_head_go_from_version_to_version(start: Path, tmp_path: Pat
         first.folder, tmp_path / "2", votes_of("rating", 40, seed=1), held, replay=votes, peft=PEFT
     )
     assert second.figures["reward_accuracy_before"] == first.figures["reward_accuracy"]
+    for other in ({"r": 8}, {"target_modules": ["q_proj"]}):
+        with pytest.raises(ValueError, match="merge them into their model first"):
+            update(first.folder, tmp_path / "other", votes, held, peft={**PEFT, **other})
     assert adapters(second).keys() == saved.keys()  # the same adapters, not further ones on top
     for name, tensor in adapters(second).items():
         assert not torch.equal(tensor, saved[name]), name
