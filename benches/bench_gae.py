@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from harness import device, measure, need, relative_error, sizes
+from harness import device, measure, need, relative_error, sizes, worst
 from torch import Tensor
 
 from alignfast.kernels import gae, report
@@ -83,16 +83,16 @@ def errors(name: str) -> tuple[float, float]:
     B, L = 33, 517
     *floats, mask_BL = inputs(B, L)
 
-    def worst(name: str) -> float:
+    def error_of(name: str) -> float:
         masked = "decay" if name == "openrlhf" else "skip"
         exact = (x_BL.double() for x_BL in floats)
         gold = gae(*exact, mask_BL, gamma=GAMMA, lam=LAM, masked=masked, backend="torch")
         got = provider(name, (B, L))(*inputs(B, L, name))
         pairs = list(zip(got, gold))[1 if name == "verl" else 0 :]
-        return max(relative_error(x_BL[mask_BL], exact_BL[mask_BL]) for x_BL, exact_BL in pairs)
+        return worst(relative_error(x_BL[mask_BL], exact_BL[mask_BL]) for x_BL, exact_BL in pairs)
 
-    allowed = float("inf") if name in PEERS else 2 * worst("loop") + 2 * torch.finfo(torch.float32).eps
-    return worst(name), allowed
+    allowed = float("inf") if name in PEERS else 2 * error_of("loop") + 2 * torch.finfo(torch.float32).eps
+    return error_of(name), allowed
 
 
 @pytest.mark.parametrize(("B", "L"), SHAPES)

@@ -9,7 +9,6 @@ are 0 whatever the model says). The parts of our steps come with their times.
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 from functools import cache
 from pathlib import Path
@@ -20,7 +19,7 @@ import pytest
 import sides
 import torch
 from grpo_step import WORKS
-from harness import need, sizes
+from harness import need, sizes, worst
 from sides import AS_IT_COMES
 
 STEPS = sizes(6, 2)
@@ -43,7 +42,7 @@ def difference(shape: str) -> float:
             logged.append(sides.run("grpo_step.py", provider, "tuned", Path(folder), *more)["logged"])
     assert [len(rows) for rows in logged] == [REPLAYED_STEPS] * 2
     pairs = [(a[name], b[name]) for a, b in zip(*logged) for name in ("grad_norm", "entropy")]
-    return max(abs(ours - theirs) / theirs for ours, theirs in pairs)
+    return worst(abs(ours - theirs) / theirs for ours, theirs in pairs)
 
 
 # The sides of a row run one after the other: pytest varies the topmost parameter first.
@@ -58,8 +57,6 @@ def bench_grpo_step(benchmark, provider: str, allocator: str, shape: str, tmp_pa
     if provider == AS_IT_COMES and allocator == "tuned":
         pytest.skip("the environment does already what keep_cpu_memory does")
     benchmark.group = f"grpo step {shape}, allocator {allocator}"
-    differs = difference(shape) if importlib.util.find_spec("trl") else 0.0
-    assert differs <= (SAME_BF16 if shape == "0.5b" else SAME)
     result = benchmark.pedantic(run, args=(provider, shape, allocator, tmp_path), rounds=1)
     logged, parts = result["logged"][1:], result["parts"][1:]
     lengths = [row["completions/mean_length"] for row in logged]
@@ -70,8 +67,10 @@ def bench_grpo_step(benchmark, provider: str, allocator: str, shape: str, tmp_pa
             "shape": shape,
             "allocator": allocator,
             "steps": len(result["wall"]),
-            "gradient_difference": differs,
             "parts": {name: statistics.median(row[name] for row in parts) for name in (parts or [{}])[0]},
             **sides.step_times(result),
         }
     )
+    if provider == "trl":  # after our own rows, which a peer that breaks shall not cost
+        differs = benchmark.extra_info["gradient_difference"] = difference(shape)
+        sides.check_same("gradient norms or entropies", differs, SAME_BF16 if shape == "0.5b" else SAME)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import device, measure, need, need_gpu, relative_error, sizes
+from harness import device, measure, need, need_gpu, relative_error, sizes, worst
 from torch import Tensor
 
 from alignfast.kernels import PackedLayout, packed_attention, report
@@ -116,8 +116,8 @@ def bench_packed(benchmark, name: str, shape: Shape) -> None:  # type: ignore[no
     plain = torch.autograd.grad(packed_attention(*low, small.layout, backend="torch"), low, dlow)
     measure(
         benchmark, step, provider=name, shape=str(shape),
-        error=max(relative_error(x, y) for x, y in zip(got, gold)),
-        allowed_error=2 * max(relative_error(x, y) for x, y in zip(plain, gold)) + 2 * torch.finfo(DTYPE).eps,
+        error=worst(relative_error(x, y) for x, y in zip(got, gold)),
+        allowed_error=2 * worst(relative_error(x, y) for x, y in zip(plain, gold)) + 2 * torch.finfo(DTYPE).eps,
         flops=shape.flops, moved_bytes=shape.bytes, rounds=5,
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import sides
-from harness import sizes
+from harness import sizes, worst
 from ppo_step import PASSES
 from sides import AS_IT_COMES
 
@@ -48,7 +48,7 @@ def difference() -> float:
             logged.append(run(provider, "tuned", Path(folder), *more)["logged"])
     ours, theirs = logged
     assert len(ours) == PASSES * len(theirs) == PASSES * REPLAYED_STEPS
-    return max(
+    return worst(
         abs(sum(row[name] for row in ours[PASSES * i : PASSES * (i + 1)]) / PASSES - one[name])
         for i, one in enumerate(theirs)
         for name in COMPARED
@@ -63,8 +63,6 @@ def bench_ppo_step(benchmark, provider: str, allocator: str, tmp_path: Path) -> 
     if provider == AS_IT_COMES and allocator == "tuned":
         pytest.skip("the environment does already what keep_cpu_memory does")
     benchmark.group = f"ppo step tiny, allocator {allocator}"
-    differs = difference()
-    assert differs <= SAME
     arguments = (provider, allocator, tmp_path, "--steps", str(STEPS))
     result = benchmark.pedantic(run, args=arguments, rounds=1)
     benchmark.extra_info.update(
@@ -73,7 +71,9 @@ def bench_ppo_step(benchmark, provider: str, allocator: str, tmp_path: Path) -> 
             "shape": "tiny",
             "allocator": allocator,
             "steps": len(result["wall"]),
-            "difference": differs,
             **sides.step_times(result),
         }
     )
+    if provider == "trl":  # after our own rows, which a peer that breaks shall not cost
+        differs = benchmark.extra_info["difference"] = difference()
+        sides.check_same("metrics", differs, SAME)

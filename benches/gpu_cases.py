@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from harness import device, environment, relative_error
+from harness import device, environment, relative_error, worst
 from torch import Tensor
 
 from alignfast import kernels
@@ -51,7 +51,7 @@ def compared(call: Callable[..., Tensor], definition: Callable[..., Tensor], *in
     """Largest error of value and gradients, in the last rows, against float64 of those rows alone."""
     got = [x[-ROWS:].double() for x in gradients(call, *inputs)]
     gold = gradients(definition, *(x[-ROWS:].double() for x in inputs))
-    return max(relative_error(x, y) for x, y in zip(got, gold))
+    return worst(relative_error(x, y) for x, y in zip(got, gold))
 
 
 def rows_of(elements: int, V: int) -> int:
@@ -115,7 +115,7 @@ def gae(backend: str, elements: int) -> float:
     got = kernels.gae(rewards_BL, values_BL, mask_BL, gamma=0.99, backend=backend)
     last = (rewards_BL[-ROWS:].double(), values_BL[-ROWS:].double(), mask_BL[-ROWS:])
     gold = kernels.gae(*last, gamma=0.99, backend="torch")
-    return max(relative_error(x[-ROWS:], y) for x, y in zip(got, gold))
+    return worst(relative_error(x[-ROWS:], y) for x, y in zip(got, gold))
 
 
 def preference_loss(backend: str, elements: int) -> float:
@@ -135,7 +135,7 @@ def preference_loss(backend: str, elements: int) -> float:
     slope_N = 0.1 * torch.sigmoid(
         -0.1 * margin_N
     )  # of the rejected one's tokens; the chosen one's have the other sign
-    return max(relative_error(loss_N, gold_N), relative_error(gradient_P[-1:], slope_N[-1:]))
+    return worst((relative_error(loss_N, gold_N), relative_error(gradient_P[-1:], slope_N[-1:])))
 
 
 def packed_attention(backend: str, elements: int) -> float:
@@ -147,7 +147,7 @@ def packed_attention(backend: str, elements: int) -> float:
     out_THE, *grads = gradients(lambda *x: kernels.packed_attention(*x, whole, backend=backend), *qkv)
     ends = [x[-length:].double() for x in qkv]
     gold = gradients(lambda *x: kernels.packed_attention(*x, last, backend="torch"), *ends)
-    return max(relative_error(x[-length:], y) for x, y in zip([out_THE, *grads], gold))
+    return worst(relative_error(x[-length:], y) for x, y in zip([out_THE, *grads], gold))
 
 
 def sample_tokens(backend: str, elements: int) -> float:

@@ -18,7 +18,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -37,6 +37,7 @@ T = TypeVar("T")
 _LIMIT_BYTES = 256 << 20  # beyond every cache but the largest servers', for the bandwidths
 _WARM_BELOW = 1 << 20  # bytes that a call moves, on a CPU
 _MOST_FLUSHED = 512 << 20
+_SLEPT_CYCLES = 1_000_000  # half a millisecond: a call's Python takes a tenth of that
 GROSS = 0.05  # error of a peer, as a share of the largest value, with which its time says nothing
 SUITES = ("smoke", "quick", "full")
 
@@ -149,6 +150,11 @@ def relative_error(got: Tensor, gold: Tensor) -> float:
     return float((got.double() - gold).abs().max() / gold.abs().max().clamp(min=1e-300))
 
 
+def worst(errors: Iterable[float]) -> float:
+    """The largest, or NaN where there is one: `max` drops it."""
+    return float(torch.tensor([*errors], dtype=torch.float64).max())
+
+
 def peak_bytes(call: Callable[[], Any]) -> int | None:
     """Most memory that a call holds at once beyond what was there before: its results and all it used on the way.
 
@@ -181,14 +187,15 @@ def peak_bytes(call: Callable[[], Any]) -> int | None:
 def device_times(call: Callable[[], Any], setup: Callable[[], None] | None, rounds: int) -> dict[str, float]:
     """Seconds between two events around each call, the cache flushed before it.
 
-    The flush is enqueued ahead of the first event and keeps the device busy while the host enqueues the call: else the gaps
-    of an idle stream would be timed.
+    The flush and a wait are enqueued ahead of the first event and keep the device busy while the host enqueues the call: else
+    the gaps of an idle stream would be timed.
     """
     pairs = []
     for _ in range(rounds):
         if setup:
             setup()
         _flushed().zero_()
+        torch.cuda._sleep(_SLEPT_CYCLES)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
@@ -319,6 +326,7 @@ def need_gpu(what: str) -> None:
 def need_memory(wanted: float) -> None:
     """Skips what the machine could not hold, with a third of its memory to spare."""
     if device().type == "cuda":
+        torch.cuda.empty_cache()  # an earlier row's memory is no longer in use
         free = torch.cuda.mem_get_info()[0]
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

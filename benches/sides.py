@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 # What keeps glibc from giving memory back, and so from faulting it in again
 TUNED = {
     "MALLOC_MMAP_MAX_": "0",
@@ -46,6 +48,14 @@ def run(
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def check_same(what: str, difference: float, most: float) -> None:
+    """Fail in our name where the sides computed different things, whichever side's row it is found in; NaN is different."""
+    if not difference <= most:
+        pytest.fail(
+            f"alignfast's {what} and the peer's differ by {difference:.1e}, more than {most:.0e}: no time for it"
+        )
 
 
 def step_times(result: dict[str, Any]) -> dict[str, float]:

@@ -25,6 +25,8 @@ class Comparison(NamedTuple):
     lost: list[Row]
     """Of the first run, in groups that the second ran too."""
     new: list[Row]
+    broken: list[str]
+    """What of ours was wrong or broke in the second run."""
 
 
 def share(text: str) -> float:
@@ -73,14 +75,16 @@ def compare(before: Run, after: Run, by: str = "median") -> Comparison:
         raise ValueError("the two runs have no row in common: no group, provider and shape is in both")
     ran = {row.group for row in after.rows}
     lost = [row for key, row in first.items() if key not in second and row.group in ran]
-    return Comparison(changes, lost, [row for key, row in second.items() if key not in first])
+    return Comparison(
+        changes, lost, [row for key, row in second.items() if key not in first], after.failed[0]
+    )
 
 
 def failures(found: Comparison, allowed: float) -> list[str]:
-    """Why a comparison fails: rows slower by more than is allowed, and rows that are gone."""
+    """Why a comparison fails: rows slower by more than is allowed, rows that are gone, and what was wrong."""
     slower = [change for change in found.changes if change.ratio > 1 + allowed]
     said = [f"{_name(change.after)}: {change.ratio - 1:+.1%}" for change in slower]
-    return said + [f"{_name(row)}: no time in the second run" for row in found.lost]
+    return said + [f"{_name(row)}: no time in the second run" for row in found.lost] + found.broken
 
 
 def markdown(found: Comparison, by: str = "median") -> str:
@@ -106,6 +110,8 @@ def markdown(found: Comparison, by: str = "median") -> str:
     )
     if found.lost:
         text += "\n\nWithout a time in the second run: " + "; ".join(_name(row) for row in found.lost)
+    if found.broken:
+        text += "\n\nWrong or broken in the second run: " + "; ".join(found.broken)
     if found.new:
         text += "\n\nIn the second run alone: " + "; ".join(_name(row) for row in found.new)
     return text

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+OURS = ("alignfast", "patched")  # how the names of our providers begin
+
 
 @dataclass(frozen=True)
 class Row:
@@ -41,9 +43,10 @@ class Row:
     """Everything else that the bench wrote down: error, bytes, flops, peak_bytes, share, ..."""
 
     @property
-    def key(self) -> tuple[str, str, str]:
-        """What names the row in another run."""
-        return self.group, self.provider, self.shape
+    def key(self) -> tuple[str, str, str, str, str]:
+        """What names the row in another run: one shape may stand in several sweeps, and in several benches of a group."""
+        function = self.bench.rpartition("::")[2].partition("[")[0]
+        return self.group, self.provider, self.shape, function, self.axis[0] if self.axis else ""
 
     @property
     def peak_bytes(self) -> float | None:
@@ -96,6 +99,17 @@ class Run:
     @property
     def limits(self) -> Mapping[str, float]:
         return self.machine["limits"]
+
+    @property
+    def failed(self) -> tuple[list[str], list[str]]:
+        """What of ours was wrong or broke, and what of the peers; who is wrong is told by the name that a reason begins with."""
+        ours: list[str] = []
+        peers: list[str] = []
+        for entry in self.left_out:
+            if entry["outcome"] == "failed":
+                kept = ours if any(entry[word].startswith(OURS) for word in ("provider", "reason")) else peers
+                kept.append(f"{entry['bench'].rpartition('::')[2]}: {entry['reason']}")
+        return ours, peers
 
     @property
     def groups(self) -> dict[str, list[Row]]:

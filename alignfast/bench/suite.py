@@ -21,10 +21,9 @@ import alignfast
 from alignfast.bench import liger_csv, tables
 from alignfast.bench.page import page
 from alignfast.bench.plots import draw
-from alignfast.bench.results import Run, run_of
+from alignfast.bench.results import run_of
 
 SUITES = ("quick", "full", "smoke")
-_OURS = ("alignfast", "patched")  # how the names of our providers begin
 # Whole training steps and rollouts take minutes each: the quick suite has the ops alone
 _LONG = {"dpo_step", "grpo_step", "ppo_step", "patch_trl", "rollout", "server"}
 
@@ -171,14 +170,3 @@ def merged(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for name in ("benchmarks", "left_out")
     }
     return {**first, **joined}
-
-
-def failed(run: Run) -> tuple[list[str], list[str]]:
-    """What of ours was wrong or broke, and what of the peers."""
-    ours: list[str] = []
-    peers: list[str] = []
-    for entry in run.left_out:
-        if entry["outcome"] == "failed":
-            kept = ours if entry["provider"].startswith(_OURS) else peers
-            kept.append(f"{entry['bench'].rpartition('::')[2]}: {entry['reason']}")
-    return ours, peers

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from alignfast.bench import growth, liger_csv, plots, results, suite, tables
+from alignfast.bench import compare, growth, liger_csv, plots, results, suite, tables
 from alignfast.cli import main
 
 LIMITS = {"read_gb_s": 10.0, "copy_gb_s": 8.0, "gemm_gflop_s": 100.0}
@@ -185,6 +185,25 @@ def test_a_row_that_lost_its_time_is_a_failure(
     after["benchmarks"] = [row for row in after["benchmarks"] if row["group"] != "gae"]
     write(tmp_path / "b.json", after)
     assert main(["bench", "compare", *files, "--fail", "0.5"]) == 0
+    wrong = {"bench": "b", "provider": "alignfast native", "outcome": "failed", "reason": "it is wrong by 1"}
+    after["left_out"] = [wrong, {**wrong, "provider": "trl", "reason": "it broke"}]
+    write(tmp_path / "b.json", after)
+    capsys.readouterr()
+    assert main(["bench", "compare", *files, "--fail", "0.5"]) == 1
+    said = capsys.readouterr().err
+    assert "1 beyond" in said
+    assert "b: it is wrong by 1" in said
+
+
+def test_one_shape_in_two_sweeps_is_two_rows(report: dict[str, Any], tmp_path: Path) -> None:
+    """Compared each with its own: the slower one is found."""
+    for axis, after in (("tokens", 1e-3), ("vocabulary", 9e-3)):
+        report["benchmarks"].append(bench("loss", "eager", after, axis=[axis, 8]))
+    slower = copy.deepcopy(report)
+    stats = slower["benchmarks"][-2]["stats"]
+    stats.update({name: 3 * value for name, value in stats.items()})
+    found = compare.compare(results.run_of(report), results.run_of(slower))
+    assert [round(change.ratio) for change in found.changes if change.ratio > 2] == [3]
 
 
 @pytest.mark.parametrize(

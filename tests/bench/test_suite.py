@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
+import sides
+from harness import worst
 
-from alignfast.bench import suite
+from alignfast.bench import results, suite
 from alignfast.cli import main
 
 
@@ -63,9 +66,33 @@ def test_no_time_for_a_wrong_kernel(
     assert "peers without a time: bench_wrong[broken]: KeyError: 'broken'" in said.out
     report = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [row["extra_info"]["provider"] for row in report["benchmarks"]] == ["alignfast right"]
-    report["left_out"] = [entry for entry in report["left_out"] if entry["provider"] == "broken"]
-    monkeypatch.setattr(suite, "run_benches", lambda *_, **__: (report, 1))
-    assert main(words) == 0
+
+    bench = (folder / "bench_wrong.py").read_text().replace("'alignfast wrong', ", "")
+    (folder / "bench_wrong.py").write_text(bench)
+    monkeypatch.chdir(tmp_path)  # pytest-benchmark breaks where its storage lies elsewhere
+    stored = [f"--benchmark-storage=file://{tmp_path}/stored", "--benchmark-autosave"]
+    assert main([*words, *stored]) == 0
+    (folder / "bench_wrong.py").write_text(bench.replace("range(9)", "range(10**6)"))
+    regressed = [*stored[:1], "--benchmark-compare", "--benchmark-compare-fail=min:100%"]
+    assert main([*words, *regressed]) == 1  # the broken peer does not hide it
+    assert "pytest ended with 1" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("difference", [2e-4, float("nan")])
+def test_sides_that_differ_are_our_fault(difference: float) -> None:
+    """The comparison is made in the peer's row, after both sides have run."""
+    with pytest.raises(pytest.fail.Exception) as found:
+        sides.check_same("losses", difference, 1e-4)
+    entry = {"bench": "b", "provider": "trl", "outcome": "failed", "reason": str(found.value)}
+    ours, peers = results.Run({}, "", [], [entry]).failed
+    assert (len(ours), peers) == (1, [])
+    sides.check_same("losses", 9e-5, 1e-4)
+
+
+def test_a_nan_is_the_largest_error() -> None:
+    assert math.isnan(worst([1e-7, float("nan")]))
+    assert math.isnan(worst([float("nan"), 1e-7]))
+    assert worst([1e-7, 2e-7]) == 2e-7
 
 
 @pytest.mark.slow

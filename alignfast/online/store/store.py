@@ -29,14 +29,10 @@ from alignfast.online.store.files import FileKind, write_lines
 from alignfast.online.store.keys import Keys
 from alignfast.online.store.labels import Labels
 from alignfast.online.store.records import (
-    Kept,
-    Request,
-    body_hash,
     chunks,
     counted,
     find_shown,
     insert_shown,
-    insert_vote,
     join_answers,
     matching,
     present,
@@ -45,6 +41,7 @@ from alignfast.online.store.records import (
 from alignfast.online.store.redact import Redact, redacted_shown, redacted_vote
 from alignfast.online.store.uses import take_prompts, take_votes, unused_by
 from alignfast.online.store.versions import Runs, Versions
+from alignfast.online.store.voting import Kept, Request, body_hash, insert_vote
 
 
 class Store:
