@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
@@ -86,6 +87,9 @@ if torch.cuda.is_available():  # an 8B model's heads
 SHAPES = sizes(ALL_SHAPES, [Shape(2, 9, (5, 3))], ALL_SHAPES[:2])
 
 
+Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+
+
 def inputs(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     T = shape.layout.num_tokens
@@ -94,6 +98,23 @@ def inputs(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Te
     ]
     q_THE, k_TKE, v_TKE, dout_THE = (x.to(device(), dtype) for x in tensors)
     return q_THE.requires_grad_(), k_TKE.requires_grad_(), v_TKE.requires_grad_(), dout_THE
+
+
+@cache
+def errors(backend: str, H: int, K: int, E: int) -> tuple[float, float]:
+    """Largest error of a gradient against float64, ours and what is allowed: twice the definition's, plus 2 units."""
+    small = Shape(2, 33, (17, 5), H, K, E)
+    *low, dlow = inputs(small, DTYPE)
+    exact = [x.detach().double().requires_grad_() for x in low]
+
+    def gradients(by: str, of: list[Tensor], dout: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(packed_attention(*of, small.layout, backend=by), of, dout)
+
+    gold = gradients("torch", exact, dlow.double())
+    found, plain = (
+        worst(relative_error(x, y) for x, y in zip(gradients(by, low, dlow), gold)) for by in (backend, "torch")
+    )
+    return found, 2 * plain + 2 * torch.finfo(DTYPE).eps
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -108,16 +129,9 @@ def bench_packed(benchmark, name: str, shape: Shape) -> None:  # type: ignore[no
     def step() -> tuple[Tensor, ...]:
         return torch.autograd.grad(packed_attention(*qkv, layout, backend=backend), qkv, dout_THE)
 
-    small = Shape(2, 33, (17, 5), shape.H, shape.K, shape.E)
-    *low, dlow = inputs(small, DTYPE)
-    exact = [x.detach().double().requires_grad_() for x in low]
-    gold = torch.autograd.grad(packed_attention(*exact, small.layout, backend="torch"), exact, dlow.double())
-    got = torch.autograd.grad(packed_attention(*low, small.layout, backend=backend), low, dlow)
-    plain = torch.autograd.grad(packed_attention(*low, small.layout, backend="torch"), low, dlow)
+    error, allowed = errors(backend, shape.H, shape.K, shape.E)
     measure(
-        benchmark, step, provider=name, shape=str(shape),
-        error=worst(relative_error(x, y) for x, y in zip(got, gold)),
-        allowed_error=2 * worst(relative_error(x, y) for x, y in zip(plain, gold)) + 2 * torch.finfo(DTYPE).eps,
+        benchmark, step, provider=name, shape=str(shape), error=error, allowed_error=allowed,
         flops=shape.flops, moved_bytes=shape.bytes, rounds=5,
     )  # fmt: skip
 
@@ -125,7 +139,7 @@ def bench_packed(benchmark, name: str, shape: Shape) -> None:  # type: ignore[no
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", VARLEN)
 def bench_varlen(benchmark, name: str, shape: Shape) -> None:  # type: ignore[no-untyped-def]
-    """Rows behind one another without padding, each with a prompt of its own; outputs are checked against padded SDPA's."""
+    """Rows behind one another without padding, each with a prompt of its own; gradients are checked at a small shape."""
     benchmark.group = "packed_attention forward+backward"
     call = varlen(name)
     lengths = torch.tensor(shape.rows, dtype=torch.int32, device=device())
@@ -136,20 +150,34 @@ def bench_varlen(benchmark, name: str, shape: Shape) -> None:  # type: ignore[no
         for heads in (shape.H, shape.K, shape.K)
     ]
     dout_THE = torch.randn(T, shape.H, shape.E).to(device(), DTYPE)
-    first = [x[: shape.rows[0]].transpose(0, 1)[None] for x in qkv]
-    exact = F.scaled_dot_product_attention(*(x.double() for x in first), is_causal=True, enable_gqa=True)
-    got_THE = call(*qkv, offsets, longest)[: shape.rows[0]]
 
     def step() -> None:
         torch.autograd.grad(call(*qkv, offsets, longest), qkv, dout_THE)
 
     measure(
-        benchmark, step, provider=name, shape=str(shape), error=relative_error(got_THE, exact[0].transpose(0, 1)),
+        benchmark, step, provider=name, shape=str(shape), error=varlen_error(call, shape.H, shape.K, shape.E),
         allowed_error=float("inf"), flops=shape.flops, moved_bytes=shape.bytes, rounds=5,
     )  # fmt: skip
 
 
-def varlen(name: str) -> Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]:
+def varlen_error(call: Varlen, H: int, K: int, E: int) -> float:
+    """Largest error of a gradient against SDPA in float64, of two rows: of long ones the reference would fill the device."""
+    lengths = (33, 130)
+    offsets = torch.tensor([0, 33, 163], dtype=torch.int32, device=device())
+    low = [torch.randn(163, heads, E).to(device(), DTYPE).requires_grad_() for heads in (H, K, K)]
+    dout_THE = torch.randn(163, H, E).to(device(), DTYPE)
+    exact = [x.detach().double().requires_grad_() for x in low]
+    rows = [
+        F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in row), is_causal=True, enable_gqa=H != K)
+        for row in zip(*(x.split(lengths) for x in exact))
+    ]
+    out_THE = torch.cat([out_1HLE[0].transpose(0, 1) for out_1HLE in rows])
+    gold = torch.autograd.grad(out_THE, exact, dout_THE.double())
+    got = torch.autograd.grad(call(*low, offsets, max(lengths)), low, dout_THE)
+    return worst(relative_error(x, y) for x, y in zip(got, gold))
+
+
+def varlen(name: str) -> Varlen:
     """Causal attention of sequences behind one another."""
     need_gpu(name)
     if name == "flash-attn":

@@ -2,7 +2,8 @@
 
 4 prompts of 128 tokens, 8 completions of 64 tokens each, without a stop, float32 on a CPU, at temperature 1 without filters:
 what a GRPO step draws; on a GPU 32 prompts, 256 tokens, bfloat16 and the 0.5B model of dpo_step.py. `generate` gives tokens alone; `generate with log-probs` is our engine around it, which gives what
-ours always gives. Weights are changed by no one; that greedy decoding gives `generate`'s own tokens is checked first.
+ours always gives. Weights are changed by no one; first it is checked that greedy decoding gives `generate`'s own tokens (on a CPU), and that
+log-probs are the model's.
 What makes malloc keep its memory (`sides.TUNED`) is for the environment of the whole run.
 `ALIGNFAST_BENCH_MODEL` names the 135M model's folder; without it that row is skipped.
 """
@@ -85,6 +86,8 @@ def provider(name: str, shape: str) -> Callable[[int], list[list[int]]]:
     else:
         engine = engine_of(shape, "native" if name == "alignfast native" else "transformers")
 
+    check_logps(engine, shape)
+
     def ours(number: int) -> list[list[int]]:
         found = engine.generate(prompts_of(number), sampling(EACH, 1.0, number))
         return [list(completion.token_ids) for group in found for completion in group]
@@ -132,6 +135,25 @@ def check_greedy(shape: str) -> None:
     ours = engine_of(shape, "native").generate(prompts_of(0), sampling(1, 0.0, 0))
     theirs = generate(model_of(shape)[0], prompts_of(0), 1, 0.0)
     assert [list(completion.token_ids) for (completion,) in ours] == theirs
+
+
+def check_logps(engine: RolloutEngine, shape: str) -> None:
+    """The log-probs that an engine gives are the model's own of the same tokens: within 1e-4, on a GPU 1e-2 in the mean."""
+    model = model_of(shape)[0]
+    differences = []
+    for prompt, completions in zip(prompts_of(0)[:2], engine.generate(prompts_of(0)[:2], sampling(2, 1.0, 0))):
+        for completion in completions:
+            drawn_R = torch.tensor(completion.token_ids, device=device())
+            ids_1L = torch.cat([torch.tensor(prompt, device=device()), drawn_R])[None]
+            with torch.no_grad():
+                logits_RV = model(ids_1L).logits[0, len(prompt) - 1 : -1]
+            gold_R = logits_RV.float().log_softmax(-1).gather(1, drawn_R[:, None])[:, 0]
+            differences.append((torch.tensor(completion.logps, device=device()) - gold_R).abs())
+    found = torch.cat(differences)
+    if device().type == "cpu":
+        assert found.max() <= 1e-4, f"log-probs differ by {found.max():.1e}"
+    else:
+        assert found.mean() <= 1e-2, f"log-probs differ by {found.mean():.1e} in the mean"
 
 
 @pytest.mark.parametrize("name", PROVIDERS)
