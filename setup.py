@@ -15,8 +15,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cmake
-import ninja
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -53,6 +51,15 @@ def cuda_compiler() -> Path | None:
     return find_nvcc()
 
 
+def tool(name: str) -> Path:
+    """cmake or ninja: the one installed beside this Python, as by pip, before another on PATH."""
+    places = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    found = shutil.which(name, path=os.pathsep.join(places))
+    if found is None:
+        raise SystemExit(f"alignfast: there is no {name}, beside {sys.executable} or on PATH: `pip install {name}`")
+    return Path(found)
+
+
 class BuildWithCMake(build_ext):
     """One CMake build for all extension modules, each then copied to where setuptools wants it."""
 
@@ -82,7 +89,7 @@ class BuildWithCMake(build_ext):
     def _configure(self, build: Path, nvcc: Path | None) -> None:
         build.mkdir(parents=True, exist_ok=True)
         options = {
-            "CMAKE_MAKE_PROGRAM": Path(ninja.BIN_DIR, "ninja"),
+            "CMAKE_MAKE_PROGRAM": tool("ninja"),
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "ALIGNFAST_CUDA": "ON" if nvcc else "OFF",
@@ -98,7 +105,7 @@ class BuildWithCMake(build_ext):
         self._cmake("--build", build, "--target", target, cuda=target == "_cuda")
 
     def _cmake(self, *arguments: str | Path, cuda: bool) -> None:
-        command = [Path(cmake.CMAKE_BIN_DIR, "cmake"), *arguments]
+        command = [tool("cmake"), *arguments]
         failed = subprocess.run(command).returncode
         if failed:
             remedy = "Repair the CUDA toolkit or set ALIGNFAST_CUDA=0 to do without it. " if cuda else ""

@@ -76,14 +76,14 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     else:
         crash = getattr(report.longrepr, "reprcrash", None)
         reason = str(crash.message if crash is not None else report.longrepr).removeprefix("Failed: ")
-    _LEFT_OUT.append(
-        {
-            "bench": report.nodeid,
-            "provider": str(dict(report.user_properties).get("provider", "")),
-            "outcome": report.outcome,
-            "reason": " ".join(reason.split())[:400],
-        }
-    )
+    entry = {
+        "bench": report.nodeid,
+        "provider": str(dict(report.user_properties).get("provider", "")),
+        "outcome": report.outcome,
+        "reason": " ".join(reason.split())[:400],
+    }
+    _LEFT_OUT.append(entry)
+    harness.write_line({"left_out": entry})
 
 
 @pytest.hookimpl(tryfirst=True)

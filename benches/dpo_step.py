@@ -127,11 +127,9 @@ class Clock(TrainerCallback):
 
 def train(provider: str, shape: str, steps: int, output: str, **options: Any) -> tuple[list[float], Clock]:
     """Run the steps; returns the losses and the clock."""
-    from datasets import Dataset
-
     model, tokenizer = model_and_tokenizer(shape)
     pairs = WORKS[shape].pairs
-    data, clock = Dataset.from_list(rows(shape, pairs * steps)), Clock()
+    data, clock = rows(shape, pairs * steps), Clock()
     common: dict[str, Any] = {
         "output_dir": output,
         "per_device_train_batch_size": pairs,
@@ -150,10 +148,11 @@ def train(provider: str, shape: str, steps: int, output: str, **options: Any) ->
         "use_cpu": not torch.cuda.is_available(),
     }
     if provider == "trl":
+        from datasets import Dataset
         from trl import DPOConfig, DPOTrainer
 
         trainer: Any = DPOTrainer(
-            model, ref_model=_copy(shape), args=DPOConfig(**common), train_dataset=data,
+            model, ref_model=_copy(shape), args=DPOConfig(**common), train_dataset=Dataset.from_list(data),
             processing_class=tokenizer, callbacks=[clock],
         )  # fmt: skip
         trainer.train()

@@ -5,7 +5,8 @@ kernel's offsets run over larger than 2^31 elements, and holds the last rows, wh
 can't hold is left out and named. `environment` prints what a reader must know. The exact comparison, with all options, is
 tests/ops; here a case fails that is wrong by more than 1e-4 of its largest value (1e-2 in bfloat16).
 
-Letters: T tokens, D width, V vocabulary, B rows, L steps, N pairs, H heads, K key heads, E head width.
+Letters: T tokens, D width, V vocabulary, B rows, L steps, N pairs, H heads, K key heads, E head width,
+S sequences.
 """
 
 from __future__ import annotations
@@ -73,16 +74,20 @@ def token_logps_bf16(backend: str, elements: int) -> float:
     return token_logps(backend, elements, torch.bfloat16)
 
 
-def kl_divergence(backend: str, elements: int) -> float:
+def kl_divergence(backend: str, elements: int, dtype: torch.dtype = torch.float32) -> float:
     V = 128_256 if elements > 1 << 20 else 517
     T = rows_of(elements, V)
-    x_TV = draw(T, V, scale=3.0)
+    x_TV = draw(T, V, scale=3.0, dtype=dtype)
     ref_TV = x_TV.flip(1)
     return compared(
         lambda x: kernels.kl_divergence(x, ref_TV, kind="forward", backend=backend),
         lambda x: kernels.kl_divergence(x, ref_TV[-ROWS:].double(), kind="forward", backend="torch"),
         x_TV,
     )
+
+
+def kl_divergence_bf16(backend: str, elements: int) -> float:
+    return kl_divergence(backend, elements, torch.bfloat16)
 
 
 def kl_penalty(backend: str, elements: int) -> float:
@@ -138,10 +143,9 @@ def preference_loss(backend: str, elements: int) -> float:
     return worst((relative_error(loss_N, gold_N), relative_error(gradient_P[-1:], slope_N[-1:])))
 
 
-def packed_attention(backend: str, elements: int) -> float:
+def packed_attention(backend: str, elements: int, dtype: torch.dtype = torch.float32) -> float:
     H, K, E, length = (32, 8, 128, 128) if elements > 1 << 20 else (4, 2, 16, 19)
     texts = elements // (H * E * length) + 2
-    dtype = torch.bfloat16 if elements > 1 << 20 else torch.float32
     qkv = [draw(texts * length, heads, E, dtype=dtype) for heads in (H, K, K)]
     whole, last = (kernels.PackedLayout((length,) * count, ((),) * count) for count in (texts, 1))
     out_THE, *grads = gradients(lambda *x: kernels.packed_attention(*x, whole, backend=backend), *qkv)
@@ -150,15 +154,41 @@ def packed_attention(backend: str, elements: int) -> float:
     return worst(relative_error(x[-length:], y) for x, y in zip([out_THE, *grads], gold))
 
 
-def sample_tokens(backend: str, elements: int) -> float:
+def packed_attention_bf16(backend: str, elements: int) -> float:
+    """By tensor cores, which float32 never meets."""
+    return packed_attention(backend, elements, torch.bfloat16)
+
+
+def paged_attention(backend: str, elements: int) -> float:
+    """One query a sequence; only the last ones' keys are looked at again, and they lie in the last pages."""
+    H, K, E, block, pages = (32, 8, 128, 16, 64) if elements > 1 << 20 else (4, 2, 16, 16, 3)
+    S = elements // (K * E * block * pages) + ROWS
+    length_S = torch.full((S,), block * pages - 5, device=device(), dtype=torch.int32)
+    page_SN = torch.arange(S * pages, device=device(), dtype=torch.int32).view(S, pages)
+    q_SHE = draw(S, H, E)
+    k_PBKE, v_PBKE = draw(S * pages, block, K, E), draw(S * pages, block, K, E).roll(1)
+    got = kernels.paged_attention(q_SHE, k_PBKE, v_PBKE, page_SN, length_S, backend=backend)
+    last = slice(-ROWS * pages, None)
+    gold = kernels.paged_attention(
+        q_SHE[-ROWS:].double(), k_PBKE[last].double(), v_PBKE[last].double(), page_SN[:ROWS], length_S[-ROWS:],
+        backend="torch",
+    )  # fmt: skip
+    return relative_error(got[-ROWS:], gold)
+
+
+def sample_tokens(backend: str, elements: int, dtype: torch.dtype = torch.float32) -> float:
     V = 128_256 if elements > 1 << 20 else 517
     B = rows_of(elements, V)
-    logits_BV, at_B = draw(B, V, scale=3.0), torch.arange(B, device=device())
+    logits_BV, at_B = draw(B, V, scale=3.0, dtype=dtype), torch.arange(B, device=device())
     token_B, logps_B, _ = kernels.sample_tokens(
         logits_BV, top_p=0.9, seed=1, sequence_B=at_B, position_B=at_B, backend=backend
     )
     gold = logits_BV[-ROWS:].double().log_softmax(-1).gather(1, token_B[-ROWS:, None])[:, 0]
     return relative_error(logps_B[-ROWS:], gold)
+
+
+def sample_tokens_bf16(backend: str, elements: int) -> float:
+    return sample_tokens(backend, elements, torch.bfloat16)
 
 
 def linear_loss(backend: str, elements: int) -> float:
@@ -182,13 +212,14 @@ def linear_loss(backend: str, elements: int) -> float:
 # Name of the op: its cases, and bytes by element that a case takes at most
 CASES: dict[str, tuple[tuple[Case, ...], float]] = {
     "token_logps": ((token_logps, token_logps_bf16), 13),
-    "kl_divergence": ((kl_divergence,), 21),
+    "kl_divergence": ((kl_divergence, kl_divergence_bf16), 21),
     "kl_penalty": ((kl_penalty,), 25),
     "policy_loss": ((policy_loss,), 41),
     "gae": ((gae,), 22),
     "preference_loss": ((preference_loss,), 21),
-    "packed_attention": ((packed_attention,), 20),
-    "sample_tokens": ((sample_tokens,), 13),
+    "packed_attention": ((packed_attention, packed_attention_bf16), 24),
+    "paged_attention": ((paged_attention,), 13),
+    "sample_tokens": ((sample_tokens, sample_tokens_bf16), 13),
     "linear_loss": ((linear_loss,), 1),
 }
 
@@ -203,9 +234,12 @@ def chosen(wanted: str | None) -> Iterator[tuple[str, Case, str, float]]:
 
 
 def run(kind: str, backend: str | None, elements: int) -> int:
-    """All cases; returns how many failed."""
-    failed = 0
-    for op, case, name, size in chosen(backend):
+    """All cases; returns how many failed, 1 where there was none to try."""
+    failed, cases = 0, list(chosen(backend))
+    if not cases:
+        print(f"FAILED    no op has an available {backend or 'compiled'} backend here: alignfast doctor says why")
+        return 1
+    for _, case, name, size in cases:
         what = f"{case.__name__} {name}, {'small' if kind == 'small' else f'{elements} elements'}"
         if kind == "large" and device().type == "cuda" and elements * size > torch.cuda.mem_get_info()[0]:
             print(
@@ -215,11 +249,10 @@ def run(kind: str, backend: str | None, elements: int) -> int:
         try:
             error = case(name, 1001 if kind == "small" else elements)
         except Exception as broke:  # the others are to run
-            print(f"FAILED    {what}: {type(broke).__name__}: {str(broke).splitlines()[0][:200]}", flush=True)
+            print(f"FAILED    {what}: {type(broke).__name__}: {next(iter(str(broke).splitlines()), '')[:200]}", flush=True)
             failed += 1
             continue
-        bfloat16 = "bf16" in case.__name__ or (op == "packed_attention" and kind == "large")
-        right = error <= (1e-2 if bfloat16 else 1e-4)
+        right = error <= (1e-2 if "bf16" in case.__name__ else 1e-4)
         failed += not right
         print(f"{'right' if right else 'FAILED':9s} {what}: error {error:.1e}", flush=True)
         if device().type == "cuda":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignfast.bench.results import Row, Run, run_of
-from alignfast.bench.tables import kernel_table, seconds_text, table
+from alignfast.bench.tables import kernel_table, left_out_table, seconds_text, table
 
 
 class Goal(NamedTuple):
@@ -28,6 +28,7 @@ class Goal(NamedTuple):
     aim: float
     published: str
     more_flops: float = 1.0  # of the floor, by what the bench counted
+    memory: float | None = None  # most of the peer's that a step may take
 
 
 GOALS = (
@@ -38,7 +39,7 @@ GOALS = (
     Goal("linear_token_logps, forward and backward", "linear_loss forward+backward", "8192 x 4096 x 128256",
          ("alignfast", "logps"), (), 48e-3, 45e-3, "Liger CuTe 49 ms", 4 / 3),
     Goal("gae 4096 x 2048", "gae", "4096 x 2048", ("alignfast",), (), 50e-6, 47e-6, "rl-triton 54 us"),
-    Goal("DPO step, 0.5B", "dpo step 0.5b", "0.5b", ("alignfast",), (), 2.0, 3.0, "TRL 1.16"),
+    Goal("DPO step, 0.5B", "dpo step 0.5b", "0.5b", ("alignfast",), (), 2.0, 3.0, "TRL 1.16", memory=0.5),
     Goal("GRPO step, 0.5B", "grpo step 0.5b", "0.5b", ("alignfast",), (), 2.0, 3.0, "TRL 1.16"),
     Goal("rollouts, 256 sequences, 0.5B", "rollouts", "0.5b", ("alignfast",), (), 0.6, 0.8, "vLLM"),
 )  # fmt: skip
@@ -49,7 +50,7 @@ def read_rows(path: Path) -> Run | None:
     if not path.exists():
         return None
     machine: dict[str, Any] = {}
-    rows = []
+    rows, left_out = [], []
     for line in path.read_text().splitlines():
         try:
             entry = json.loads(line)
@@ -57,11 +58,13 @@ def read_rows(path: Path) -> Run | None:
             continue
         if "machine_info" in entry:
             machine = entry["machine_info"]
+        elif "left_out" in entry:
+            left_out.append(entry["left_out"])
         else:
             rows.append(entry)
     if not machine:
         return None
-    return run_of({"machine_info": machine, "datetime": "", "benchmarks": rows})
+    return run_of({"machine_info": machine, "datetime": "", "benchmarks": rows, "left_out": left_out})
 
 
 def verdict(goal: Goal, figure: float, by_ratio: bool) -> str:
@@ -88,7 +91,10 @@ def goal_line(goal: Goal, run: Run | None) -> list[str]:
         ratio = peer.median / best.median
         memory = (best.peak_bytes or 0) / (peer.peak_bytes or 1)
         shown = f"{seconds_text(best.median)}, {memory:.0%} of the memory"
-        return [goal.what, shown, "", "", beside, f"{ratio:.1f} times: {verdict(goal, ratio, True)}"]
+        said = verdict(goal, ratio, True)
+        if goal.memory is not None and not memory <= goal.memory:
+            said = f"short: {memory:.0%} of the memory, at most {goal.memory:.0%} are asked for"
+        return [goal.what, shown, "", "", beside, f"{ratio:.1f} times: {said}"]
     floor = None if floor is None else floor * goal.more_flops
     share = None if floor is None else floor / best.median
     said = (
@@ -137,6 +143,8 @@ def summary(folder: Path) -> str:
     for group, rows in ({} if run is None else run.groups).items():
         assert run is not None
         parts.append(f"## {group}\n\n{kernel_table(rows, run.limits)}")
+    if run is not None and run.left_out:
+        parts.append(f"## Without a time\n\n{left_out_table(run)}")
     return "\n\n".join(parts) + "\n"
 
 

@@ -43,12 +43,7 @@ SUITES = ("smoke", "quick", "full")
 
 
 def suite() -> str:
-    """Which sizes to run at: `full`; `quick`; or `smoke`, to see that a bench runs, where times mean nothing.
-
-    `ALIGNFAST_BENCH_SUITE` says it; `ALIGNFAST_BENCH_SMOKE` is the older word for the last.
-    """
-    if os.environ.get("ALIGNFAST_BENCH_SMOKE"):
-        return "smoke"
+    """Which sizes to run at, as `ALIGNFAST_BENCH_SUITE` says: `full`; `quick`; or `smoke`, where times mean nothing."""
     named = os.environ.get("ALIGNFAST_BENCH_SUITE", "full")
     if named not in SUITES:
         raise pytest.UsageError(f"ALIGNFAST_BENCH_SUITE={named!r} is not one of {', '.join(SUITES)}")
@@ -286,10 +281,7 @@ def measure(
 
 
 def write_row(benchmark: Any, nodeid: str) -> None:
-    """A line of JSON in the file that ALIGNFAST_BENCH_ROWS names, after one that describes the machine."""
-    path = os.environ.get("ALIGNFAST_BENCH_ROWS")
-    if not path:
-        return
+    """A figure as a line of JSON, by `write_line`."""
     stats = benchmark.stats.stats
     row = {
         "fullname": nodeid,
@@ -298,11 +290,19 @@ def write_row(benchmark: Any, nodeid: str) -> None:
         "extra_info": benchmark.extra_info,
         "stats": {name: getattr(stats, name) for name in ("min", "median", "q1", "q3")},
     }
+    write_line(row)
+
+
+def write_line(entry: dict[str, Any]) -> None:
+    """A line of JSON in the file that ALIGNFAST_BENCH_ROWS names, if it names one, after one that describes the machine."""
+    path = os.environ.get("ALIGNFAST_BENCH_ROWS")
+    if not path:
+        return
     new = not Path(path).exists()
     with open(path, "a") as file:
         if new:
             file.write(json.dumps({"machine_info": environment()}) + "\n")
-        file.write(json.dumps(row) + "\n")
+        file.write(json.dumps(entry) + "\n")
 
 
 def need(module: str, package: str = "alignfast[bench]") -> Any:

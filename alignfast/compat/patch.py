@@ -13,7 +13,7 @@ RLOO trainers, their `training_step` and the reward trainer's, and `RewardTraine
 they are, and so do those made between the two calls.
 
 A model or a call that the packed path does not serve takes TRL's own, and a warning says why, once; `strict=True` raises
-instead. Under `torch_compile` TRL's own is taken without a warning: compiled code can't say anything.
+instead. Compiled code can't say anything, so of `torch_compile` the first training step does.
 
 Letters: B rows, L tokens of a row, P predictions, S sequences, D width.
 Not done here: TRL's experimental and distillation trainers; sampling.
@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from functools import wraps
 from importlib import import_module
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -73,6 +74,7 @@ class _Options:
 _originals: dict[tuple[Any, str], Any] = {}
 _options = _Options("shared", "auto", False)
 _said: set[str] = set()
+_patched: WeakSet[torch.nn.Module] = WeakSet()  # models whose forward is ours
 _step: ContextVar[ExitStack | None] = ContextVar("alignfast_trl_step", default=None)
 
 
@@ -153,11 +155,14 @@ def _training_step(original: Callable[..., Any]) -> Callable[..., Any]:
     """What a checkpointed forward sets holds until the step's backward has computed it again."""
 
     @wraps(original)
-    def training_step(*args: Any, **kwargs: Any) -> Any:
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.args.torch_compile and any(part in _patched for part in self.model.modules()):
+            with _or_theirs(_options):
+                raise NotServed("torch_compile=True, which traces TRL's own forward")
         with ExitStack() as stack:
             token = _step.set(stack)
             try:
-                return original(*args, **kwargs)
+                return original(self, *args, **kwargs)
             finally:
                 _step.reset(token)
 
@@ -195,6 +200,7 @@ def _add_fused_lm_head(original: Callable[..., None]) -> Callable[..., None]:
             return theirs(*args, fused_lm_head=True, labels=labels, **kwargs)
 
         model.forward = types.MethodType(forward, model)
+        _patched.add(model)
 
     return add_fused_lm_head
 
@@ -218,6 +224,7 @@ def _reward_init(original: Callable[..., None]) -> Callable[..., None]:
             return theirs(*args, **kwargs)
 
         model.forward = types.MethodType(forward, model)
+        _patched.add(model)
 
     return __init__
 

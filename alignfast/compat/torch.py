@@ -76,13 +76,10 @@ def linear_cross_entropy(
 def _chunk_rows(options: Any) -> int | None:
     if options is None:
         return None
+    obeyed = {"batch_chunk_size": ..., "chunking_method": (None, "auto")}
     for field in fields(options):
-        # PyTorch's rule for a chunk's size gives way to ours
-        if (
-            field.name not in ("batch_chunk_size", "chunking_method")
-            and getattr(options, field.name) != field.default
-        ):
-            raise ValueError(
-                f"options.{field.name}={getattr(options, field.name)!r} is not obeyed here; leave it at its default"
-            )
+        value = getattr(options, field.name)
+        allowed = obeyed.get(field.name, (field.default,))
+        if allowed is not ... and value not in allowed:
+            raise ValueError(f"options.{field.name}={value!r} is not obeyed here; leave it at {allowed[-1]!r}")
     return options.batch_chunk_size

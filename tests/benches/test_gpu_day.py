@@ -19,11 +19,11 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benches" / "gpu_day.sh"
 
 
-def start(folder: Path, steps: str, minutes: str = "10") -> subprocess.Popen[str]:
+def start(folder: Path, steps: str, *words: str) -> subprocess.Popen[str]:
     (folder / "steps").write_text(steps)
     environment = {**os.environ, "ALIGNFAST_GPU_DAY_STEPS": str(folder / "steps"), "PYTHON": sys.executable}
     return subprocess.Popen(
-        [str(SCRIPT), str(folder / "out"), minutes], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [str(SCRIPT), str(folder / "out"), *(words or ["10"])], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
 
@@ -72,11 +72,32 @@ def test_steps_run_the_checkout_s_own_code_and_what_the_build_made(tmp_path: Pat
 
 
 def test_limits_shrink_with_the_day(tmp_path: Path) -> None:
-    """Two steps of 600 seconds in a minute: 30 each."""
-    run = start(tmp_path, "a|600|true\nb|600|true\n", "1")
+    """Two steps of 600 seconds in three minutes: the first half of it, the second what is left."""
+    run = start(tmp_path, "a|600|true\nb|600|true\n", "3")
     run.communicate(timeout=60)
     lines = (tmp_path / "out" / "steps.tsv").read_text().splitlines()
-    assert [line.split("\t")[3] for line in lines] == ["30", "30"]
+    first, second = (int(line.split("\t")[3]) for line in lines)
+    assert first == 90
+    assert 175 <= second <= 180
+
+
+def test_a_part_of_the_day(tmp_path: Path) -> None:
+    """The steps named, in the order given; another day's figures are not written over; a slip is told."""
+    steps = "a|9|true\nb|9|true\nc|9|true\n"
+    run = start(tmp_path, steps, "10", "c", "a")
+    run.communicate(timeout=60)
+    assert run.returncode == 0
+    assert outcomes(tmp_path) == [("c", "done"), ("a", "done")]
+    again = start(tmp_path, steps, "10", "b")
+    _, said = again.communicate(timeout=60)
+    assert again.returncode == 1
+    assert "figures of another day" in said
+    assert outcomes(tmp_path) == [("c", "done"), ("a", "done")]
+    shutil.rmtree(tmp_path / "out")
+    slip = start(tmp_path, steps, "10", "d")
+    _, said = slip.communicate(timeout=60)
+    assert slip.returncode == 2
+    assert "no step d; they are: a b c" in said
 
 
 def test_stopped_at_any_minute(tmp_path: Path) -> None:
@@ -115,7 +136,7 @@ def test_figures_come_one_by_one_without_pytest_benchmark(tmp_path: Path) -> Non
         "--import-mode=importlib -o pythonpath=$ROOT/benches -o python_files=bench_*.py -o python_functions=bench_* "
         "--providers loop,torch $ROOT/benches/bench_gae.py"
     )
-    run = start(tmp_path, f"gae|60|ALIGNFAST_BENCH_SMOKE=1 {bench}\n")
+    run = start(tmp_path, f"gae|60|ALIGNFAST_BENCH_SUITE=smoke {bench}\n")
     run.communicate(timeout=120)
     assert outcomes(tmp_path) == [("gae", "done")], (tmp_path / "out" / "01-gae.log").read_text()
     machine, *rows = map(json.loads, (tmp_path / "out" / "rows.jsonl").read_text().splitlines())
@@ -148,8 +169,13 @@ def test_verdicts(tmp_path: Path) -> None:
         row("rollouts", "alignfast native", "0.5b, 32 x 8", 2.0, read_bytes=4.2e12),
         '{"cut off',
     ]
+    lines.insert(
+        3, json.dumps({"left_out": {"bench": "b", "provider": "quack", "outcome": "skipped", "reason": "absent"}})
+    )
+    lines += ["", row("dpo step 0.5b", "alignfast", "0.5b", 1.0, peak_mib=600), row("dpo step 0.5b", "trl", "0.5b", 4.0, peak_mib=1000)]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     table = gpu_day.summary(tmp_path).splitlines()
+    assert "| quack | skipped | absent | 1 |" in table
     found = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in table if line.startswith("| ")}
     assert found["token_logps with entropy, forward"] == [
         "700 us (triton)", "700 us", "100%", "trl 900 us", "must met |",
@@ -159,6 +185,7 @@ def test_verdicts(tmp_path: Path) -> None:
     assert found["linear_token_logps, forward and backward"][-1] == "short |"
     assert found["linear_token_logps, forward and backward"][2] == "72%"
     assert found["gae 4096 x 2048"][-1] == "not measured |"
+    assert found["DPO step, 0.5B"][-1] == "4.0 times: short: 60% of the memory, at most 50% are asked for |"
     assert found["rollouts, 256 sequences, 0.5B"][-3:] == ["70%", "vLLM", "must met |"]
 
 
@@ -181,6 +208,24 @@ def test_cases(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest
     said = capsys.readouterr().out
     assert leave.value.code == 0, said
     assert all(line.startswith("right") for line in said.splitlines())
+
+
+def test_nothing_to_try_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a build that failed: nothing was checked."""
+    monkeypatch.setattr(gpu_cases, "chosen", lambda backend: [])
+    assert gpu_cases.run("small", "native", 10) == 1
+
+
+def test_failures_are_told_when_they_happen(tmp_path: Path) -> None:
+    """A step that is ended at its limit keeps what had failed before, with the reason."""
+    (tmp_path / "test_it.py").write_text(
+        "import time\ndef test_a():\n    assert 2 == 3\ndef test_b():\n    time.sleep(60)\n"
+    )
+    tests = f"{sys.executable} -m pytest -q -p at_once -p no:cacheprovider -c /dev/null {tmp_path}/test_it.py"
+    run = start(tmp_path, f"tests|8|{tests}\n")
+    run.communicate(timeout=60)
+    assert outcomes(tmp_path) == [("tests", "over its time")]
+    assert "assert 2 == 3" in (tmp_path / "out" / "01-tests.log").read_text()
 
 
 def test_a_wrong_kernel_is_a_failure(

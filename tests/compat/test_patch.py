@@ -223,3 +223,14 @@ def test_attention_is_the_models_own_again(tmp_path: Path) -> None:
         assert trainer.model.config._attn_implementation == "sdpa"
     assert len(seen) > 2
     assert set(seen) == {"sdpa"}
+
+
+@pytest.mark.parametrize("make", [sft, reward_trainer])
+def test_compiled_training_is_left_to_trl_and_said(make: Callable[..., Any], tmp_path: Path) -> None:
+    alignfast.patch_trl()
+    trainer = make(tmp_path, torch_compile=True, torch_compile_backend="eager", max_steps=1)
+    with pytest.warns(UserWarning, match="torch_compile=True"):
+        trainer.train()
+    alignfast.patch_trl(strict=True)
+    with pytest.raises(patch.NotServed, match="torch_compile=True"):
+        trainer.train()

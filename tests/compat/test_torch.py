@@ -80,10 +80,12 @@ def test_options_of_chunks() -> None:
     torch.testing.assert_close(
         linear_cross_entropy(INPUT, WEIGHT, TARGET, options=options), theirs(INPUT, WEIGHT, TARGET)
     )
-    with pytest.raises(ValueError, match=r"options\.allow_retain_graph"):
-        linear_cross_entropy(
-            INPUT, WEIGHT, TARGET, options=torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)
-        )
+    refused = {"allow_retain_graph": True, "chunking_method": "aspect_ratio:2", "acc_policy": "compact"}
+    for name, value in refused.items():
+        with pytest.raises(ValueError, match=rf"options\.{name}="):
+            linear_cross_entropy(
+                INPUT, WEIGHT, TARGET, options=torch.nn.LinearCrossEntropyOptions(**{name: value})
+            )
 
 
 @pytest.mark.parametrize(
