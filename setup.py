@@ -56,7 +56,9 @@ def tool(name: str) -> Path:
     places = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
     found = shutil.which(name, path=os.pathsep.join(places))
     if found is None:
-        raise SystemExit(f"alignfast: there is no {name}, beside {sys.executable} or on PATH: `pip install {name}`")
+        raise SystemExit(
+            f"alignfast: there is no {name}, beside {sys.executable} or on PATH: `pip install {name}`"
+        )
     return Path(found)
 
 

@@ -9,4 +9,8 @@ import pytest
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.failed:
-        print(f"\nFAILED {report.nodeid} ({report.when})\n{report.longreprtext[-2000:]}", file=sys.stderr, flush=True)
+        print(
+            f"\nFAILED {report.nodeid} ({report.when})\n{report.longreprtext[-2000:]}",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -170,9 +170,7 @@ def bench_attention(  # type: ignore[no-untyped-def]
             out = F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=shape.H != shape.K)
         torch.autograd.grad(out, qkv, dout)
 
-    error, allowed = (
-        attention.errors(name.split()[1], shape.H, shape.K, shape.E) if packed else (None, None)
-    )
+    error, allowed = attention.errors(name.split()[1], shape.H, shape.K, shape.E) if packed else (None, None)
     measure(
         benchmark, step, provider=name, shape=str(shape), error=error, allowed_error=allowed, flops=shape.flops,
         moved_bytes=shape.bytes, axis=(axis, x), rounds=ROUNDS,

@@ -112,7 +112,8 @@ def errors(backend: str, H: int, K: int, E: int) -> tuple[float, float]:
 
     gold = gradients("torch", exact, dlow.double())
     found, plain = (
-        worst(relative_error(x, y) for x, y in zip(gradients(by, low, dlow), gold)) for by in (backend, "torch")
+        worst(relative_error(x, y) for x, y in zip(gradients(by, low, dlow), gold))
+        for by in (backend, "torch")
     )
     return found, 2 * plain + 2 * torch.finfo(DTYPE).eps
 
@@ -168,7 +169,9 @@ def varlen_error(call: Varlen, H: int, K: int, E: int) -> float:
     dout_THE = torch.randn(163, H, E).to(device(), DTYPE)
     exact = [x.detach().double().requires_grad_() for x in low]
     rows = [
-        F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in row), is_causal=True, enable_gqa=H != K)
+        F.scaled_dot_product_attention(
+            *(x.transpose(0, 1)[None] for x in row), is_causal=True, enable_gqa=H != K
+        )
         for row in zip(*(x.split(lengths) for x in exact))
     ]
     out_THE = torch.cat([out_1HLE[0].transpose(0, 1) for out_1HLE in rows])

@@ -141,7 +141,9 @@ def check_logps(engine: RolloutEngine, shape: str) -> None:
     """The log-probs that an engine gives are the model's own of the same tokens: within 1e-4, on a GPU 1e-2 in the mean."""
     model = model_of(shape)[0]
     differences = []
-    for prompt, completions in zip(prompts_of(0)[:2], engine.generate(prompts_of(0)[:2], sampling(2, 1.0, 0))):
+    for prompt, completions in zip(
+        prompts_of(0)[:2], engine.generate(prompts_of(0)[:2], sampling(2, 1.0, 0))
+    ):
         for completion in completions:
             drawn_R = torch.tensor(completion.token_ids, device=device())
             ids_1L = torch.cat([torch.tensor(prompt, device=device()), drawn_R])[None]

@@ -237,7 +237,9 @@ def run(kind: str, backend: str | None, elements: int) -> int:
     """All cases; returns how many failed, 1 where there was none to try."""
     failed, cases = 0, list(chosen(backend))
     if not cases:
-        print(f"FAILED    no op has an available {backend or 'compiled'} backend here: alignfast doctor says why")
+        print(
+            f"FAILED    no op has an available {backend or 'compiled'} backend here: alignfast doctor says why"
+        )
         return 1
     for _, case, name, size in cases:
         what = f"{case.__name__} {name}, {'small' if kind == 'small' else f'{elements} elements'}"
@@ -249,7 +251,10 @@ def run(kind: str, backend: str | None, elements: int) -> int:
         try:
             error = case(name, 1001 if kind == "small" else elements)
         except Exception as broke:  # the others are to run
-            print(f"FAILED    {what}: {type(broke).__name__}: {next(iter(str(broke).splitlines()), '')[:200]}", flush=True)
+            print(
+                f"FAILED    {what}: {type(broke).__name__}: {next(iter(str(broke).splitlines()), '')[:200]}",
+                flush=True,
+            )
             failed += 1
             continue
         right = error <= (1e-2 if "bf16" in case.__name__ else 1e-4)

@@ -76,10 +76,12 @@ def linear_cross_entropy(
 def _chunk_rows(options: Any) -> int | None:
     if options is None:
         return None
-    obeyed = {"batch_chunk_size": ..., "chunking_method": (None, "auto")}
     for field in fields(options):
         value = getattr(options, field.name)
-        allowed = obeyed.get(field.name, (field.default,))
-        if allowed is not ... and value not in allowed:
-            raise ValueError(f"options.{field.name}={value!r} is not obeyed here; leave it at {allowed[-1]!r}")
+        # None, PyTorch's word where batch_chunk_size is given
+        allowed = (None, "auto") if field.name == "chunking_method" else (field.default,)
+        if field.name != "batch_chunk_size" and value not in allowed:
+            raise ValueError(
+                f"options.{field.name}={value!r} is not obeyed here; leave it at {field.default!r}"
+            )
     return options.batch_chunk_size

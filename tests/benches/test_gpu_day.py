@@ -170,9 +170,16 @@ def test_verdicts(tmp_path: Path) -> None:
         '{"cut off',
     ]
     lines.insert(
-        3, json.dumps({"left_out": {"bench": "b", "provider": "quack", "outcome": "skipped", "reason": "absent"}})
+        3,
+        json.dumps(
+            {"left_out": {"bench": "b", "provider": "quack", "outcome": "skipped", "reason": "absent"}}
+        ),
     )
-    lines += ["", row("dpo step 0.5b", "alignfast", "0.5b", 1.0, peak_mib=600), row("dpo step 0.5b", "trl", "0.5b", 4.0, peak_mib=1000)]
+    lines += [
+        "",
+        row("dpo step 0.5b", "alignfast", "0.5b", 1.0, peak_mib=600),
+        row("dpo step 0.5b", "trl", "0.5b", 4.0, peak_mib=1000),
+    ]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     table = gpu_day.summary(tmp_path).splitlines()
     assert "| quack | skipped | absent | 1 |" in table

@@ -11,6 +11,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from harness import peak_bytes
 from ops.heads import HEAD, D, Gemms, Inputs, T, V, assert_close
 from torch import Tensor
 
@@ -282,3 +283,17 @@ def test_float16_gradients_of_any_size(size: float, chunk_rows: int) -> None:
         assert ((got - wanted).reshape(len(wanted), -1).abs().amax(1) <= 2e-2 * per_row.max()).all()
         if wanted.shape == (T, D):
             assert ((got - wanted).abs().amax(1) <= 2e-2 * per_row).all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_memory_does_not_grow_with_the_vocabulary(backend: str) -> None:
+    """Head frozen, forward and backward: chunks of logits take the workspace and no more, whatever the vocabulary."""
+
+    def step(vocabulary: int) -> Callable[[], None]:
+        hidden_TD = torch.randn(2048, 16, requires_grad=True)
+        weight_VD, targets_T = torch.randn(vocabulary, 16), torch.randint(vocabulary, (2048,))
+        rows = (hidden_TD, weight_VD, targets_T, lambda stats, _: (stats.logps.sum(), {}))
+        return lambda: linear_loss(*rows, backend=backend)[0].backward()
+
+    small, large = (peak_bytes(step(vocabulary)) for vocabulary in (32_000, 128_000))
+    assert large == pytest.approx(small, rel=0.1)  # all logits would be four times as much
