@@ -1,4 +1,4 @@
-"""`alignfast online [--once] | --simulate | status | promote | rollback`: learn from votes, and what serves."""
+"""`alignfast online [--once] | --simulate | status | promote | refuse | rollback`: learn from votes, and what serves."""
 
 from __future__ import annotations
 
@@ -39,6 +39,18 @@ class PromoteOptions:
     """Name of a policy version."""
     db: str = "sqlite:///feedback.db"
     """Database: sqlite:///FILE or postgresql://USER@HOST/NAME."""
+
+
+@dataclass(frozen=True)
+class RefuseOptions:
+    """What shall not serve, and why."""
+
+    version: str
+    """Name of a policy version that does not serve: a candidate, or the canary, whose duels end."""
+    db: str = "sqlite:///feedback.db"
+    """Database: sqlite:///FILE or postgresql://USER@HOST/NAME."""
+    reason: str = "refused by hand"
+    """What is kept with it."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +116,15 @@ def _promote(command: str, argv: Sequence[str]) -> None:
     print(f"serves: {found.name}")
 
 
+def _refuse(command: str, argv: Sequence[str]) -> None:
+    (options,) = parse_options(command, argv, RefuseOptions, positional=("version",))
+    from alignfast.online.store import Store
+
+    with Store.open(options.db, create=False) as store:
+        store.versions.refuse(options.version, [options.reason])
+    print(f"refused: {options.version}")
+
+
 def _rollback(command: str, argv: Sequence[str]) -> None:
     (options,) = parse_options(command, argv, RollbackOptions)
     from alignfast.online.store import Store
@@ -115,5 +136,6 @@ def _rollback(command: str, argv: Sequence[str]) -> None:
 _ACTIONS: dict[str, Callable[[str, Sequence[str]], None]] = {
     "status": _status,
     "promote": _promote,
+    "refuse": _refuse,
     "rollback": _rollback,
 }

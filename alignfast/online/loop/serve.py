@@ -7,7 +7,10 @@
 
 The interval holds at all times at once (Ville's inequality for the hedged capital of arXiv 2010.09686, sequential.py), so that
 one may look after every vote, since a voter's value is their first vote and never changes. Of the predecessor, which gets no
-further votes, it is Wilson's.
+further votes, it is Wilson's, of the first thumbs of its voters likewise.
+
+People promote and roll back by hand meanwhile. What they did stands: a promotion is over the version that the candidate was
+compared with, a roll-back is of the candidate, and the store refuses either where something else serves by then.
 """
 
 from __future__ import annotations
@@ -15,9 +18,11 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Literal
 
+from alignfast.data.intervals import proportion
 from alignfast.online.learning.sequential import mean_interval
 from alignfast.online.store import Run
-from alignfast.online.store.stats import first_thumbs, satisfaction
+from alignfast.online.store.stats import first_thumbs
+from alignfast.online.store.versions import ServesAnother
 
 if TYPE_CHECKING:
     from alignfast.online.loop.loop import OnlineLoop
@@ -28,15 +33,11 @@ def duel(loop: OnlineLoop, run: Run, round: Round) -> Literal["next", "wait", "e
     """Let people compare, until it is certain that the candidate is better, or the budget ends."""
     config, versions = loop.config, loop.store.versions
     assert round.policy is not None
-    serving, candidate = versions.serving(), versions.get(round.policy)
-    assert serving is not None
-    if config.canary_share == 0 or serving.name == round.policy:  # promoted by hand meanwhile
+    settled = _settled(loop, round)
+    if settled is not None:
+        return settled
+    if config.canary_share == 0:
         return "next"
-    if serving.name != round.serving:
-        return _refuse(loop, round, f"{serving.name} serves by now, and it was compared with {round.serving}")
-    if candidate.status in ("refused", "rolled_back"):
-        round.outcome = f"{round.policy} is {candidate.status}: {'; '.join(candidate.reasons) or 'by hand'}"
-        return "end"
     if round.since is None:
         versions.set_canary(round.policy, config.canary_share)
         round.since = time.time()
@@ -56,12 +57,17 @@ def duel(loop: OnlineLoop, run: Run, round: Round) -> Literal["next", "wait", "e
     return "wait"
 
 
-def promote(loop: OnlineLoop, run: Run, round: Round) -> Literal["next"]:
+def promote(loop: OnlineLoop, run: Run, round: Round) -> Literal["next", "end"]:
     """Have the candidate serve."""
     assert round.policy is not None
-    serving = loop.store.versions.serving()
-    if serving is None or serving.name != round.policy:
-        loop.store.versions.promote(round.policy)
+    settled = _settled(loop, round)
+    if settled == "end":
+        return settled
+    if settled is None:
+        try:
+            loop.store.versions.promote(round.policy, over=round.serving)
+        except ServesAnother:
+            return promote(loop, run, round)  # by a hand that was faster
     round.outcome, round.since = f"{round.policy} serves", time.time()
     loop.say(f"round {round.number}: {round.outcome}")
     return "next"
@@ -76,21 +82,50 @@ def watch(loop: OnlineLoop, run: Run, round: Round) -> Literal["next", "wait", "
     if config.watch_seconds == 0:
         return "next"
     if serving is None or serving.name != round.policy:
-        reasons = "; ".join(store.versions.get(round.policy).reasons) or "by hand"
-        round.outcome = f"{round.policy} no longer serves: {reasons}"
-        return "end"
-    before = satisfaction(store).get(round.serving)
-    if before is not None:
-        found = mean_interval([one.up for one in first_thumbs(store, round.policy)])
-        if found.high < before.rate.low - config.watch_drop:
-            reason = f"satisfaction fell from {before.rate} with {round.serving} to {found}"
-            store.versions.roll_back(reasons=[reason])
+        return _gone(loop, round)
+    thumbs = [one.up for one in first_thumbs(store, round.serving)]
+    if thumbs:
+        before, found = (
+            proportion(thumbs),
+            mean_interval([one.up for one in first_thumbs(store, round.policy)]),
+        )
+        if found.high < before.low - config.watch_drop:
+            reason = f"satisfaction fell from {before} with {round.serving} to {found}"
+            try:
+                store.versions.roll_back(reasons=[reason], of=round.policy)
+            except ServesAnother:
+                return _gone(loop, round)
             round.outcome = f"{round.policy} is rolled back: {reason}"
             return "end"
     if time.time() >= round.since + config.watch_seconds:
         return "next"
     loop.say(f"{round.policy} is watched")
     return "wait"
+
+
+def _settled(loop: OnlineLoop, round: Round) -> Literal["next", "end"] | None:
+    """What people have settled by hand: that the candidate serves, or shall not. None: nothing."""
+    assert round.policy is not None
+    serving, candidate = loop.store.versions.serving(), loop.store.versions.get(round.policy)
+    assert serving is not None
+    if serving.name == round.policy:
+        return "next"
+    if candidate.status == "promoted":  # and something else since
+        return _gone(loop, round)
+    if candidate.status in ("refused", "rolled_back"):
+        round.accepted = False
+        round.outcome = f"{round.policy} is {candidate.status}: {'; '.join(candidate.reasons) or 'by hand'}"
+        return "end"
+    if serving.name != round.serving:
+        return _refuse(loop, round, f"{serving.name} serves by now, and it was compared with {round.serving}")
+    return None
+
+
+def _gone(loop: OnlineLoop, round: Round) -> Literal["end"]:
+    assert round.policy is not None
+    reasons = "; ".join(loop.store.versions.get(round.policy).reasons) or "by hand"
+    round.outcome = f"{round.policy} no longer serves: {reasons}"
+    return "end"
 
 
 def _refuse(loop: OnlineLoop, round: Round, reason: str) -> Literal["end"]:

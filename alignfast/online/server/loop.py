@@ -101,7 +101,7 @@ def _promote(service: Service, watch: Watch, name: str) -> dict[str, Any]:
     try:
         return _followed(service, watch, name)
     except ApiError as error:
-        versions.roll_back(reasons=[f"it can't be loaded: {watch.faults[name]}"])
+        versions.roll_back(reasons=[f"it can't be loaded: {watch.faults[name]}"], of=name)
         raise ApiError(409, f"{name!r} is not promoted: {watch.faults[name]}", param="version") from error
 
 

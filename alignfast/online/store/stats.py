@@ -2,6 +2,8 @@
 
     satisfaction of a version = share of thumbs that are up, Wilson's interval, users the unit, not votes
 
+A thumb on a whole conversation is one on each version that answered in it.
+
 Answers without a vote are counted, and count as nothing else.
 """
 
@@ -12,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, func, select
 
 from alignfast.data.intervals import Interval, proportion
 from alignfast.online.feedback import ANONYMOUS, Vote, voter_of
@@ -111,15 +113,9 @@ def store_stats(store: Store) -> StoreStats:
 
 def satisfaction(store: Store) -> dict[str, Satisfaction]:
     """Of each policy version that has thumbs."""
-    statement = (
-        select(responses.c.policy_version, feedback.c.value, feedback.c.user_id)
-        .join(responses, responses.c.id == feedback.c.response_id)
-        .where(feedback.c.current, feedback.c.kind == "thumb")
-    )
     found: dict[str, list[tuple[bool, str]]] = defaultdict(list)
-    with store.read() as connection:
-        for row in connection.execute(statement):
-            found[row.policy_version].append((row.value == "up", voter_of(row.user_id)))
+    for thumb in _thumbs(store, feedback.c.current):
+        found[thumb.version].append((thumb.up, thumb.user))
     return {
         name: Satisfaction(proportion([up for up, _ in rows], [voter for _, voter in rows]), len(rows))
         for name, rows in found.items()
@@ -140,18 +136,33 @@ class FirstThumb(NamedTuple):
 
 def first_thumbs(store: Store, version: str) -> list[FirstThumb]:
     """The first thumb of each voter on a version's answers, in the order in which these came; later ones change none."""
-    statement = (
-        select(feedback.c.value, feedback.c.user_id)
-        .join(responses, responses.c.id == feedback.c.response_id)
-        .where(feedback.c.kind == "thumb", responses.c.policy_version == version)
-        .order_by(feedback.c.seq)
-    )
     found: dict[str, FirstThumb] = {}
-    with store.read() as connection:
-        for row in connection.execute(statement):
-            voter = voter_of(row.user_id)
-            found.setdefault(voter, FirstThumb(voter, row.value == "up"))
+    for thumb in _thumbs(store, responses.c.policy_version == version):
+        found.setdefault(thumb.user, FirstThumb(thumb.user, thumb.up))
     return list(found.values())
+
+
+class _Thumb(NamedTuple):
+    seq: int
+    version: str
+    user: str
+    up: bool
+
+
+def _thumbs(store: Store, where: ColumnElement[bool]) -> list[_Thumb]:
+    """Thumbs in the order in which they came, one on a conversation with each version that answered in it."""
+    columns = feedback.c.seq, responses.c.policy_version, feedback.c.user_id, feedback.c.value
+    found: set[_Thumb] = set()
+    with store.read() as connection:
+        for about in (
+            responses.c.id == feedback.c.response_id,
+            responses.c.episode_id == feedback.c.episode_id,
+        ):
+            statement = select(*columns).join(responses, about)
+            for row in connection.execute(statement.where(feedback.c.kind == "thumb", where)):
+                up = row.value == "up"
+                found.add(_Thumb(row.seq, row.policy_version, voter_of(row.user_id), up))
+    return sorted(found)
 
 
 def _all_judgements(store: Store, votes: list[Vote]) -> Iterator[Judgement]:

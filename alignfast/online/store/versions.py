@@ -53,6 +53,10 @@ class Version:
     figures: dict[str, Any] = field(default_factory=dict)
 
 
+class ServesAnother(ValueError):
+    """Another version serves than the one that a change was meant for."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One round of the learner, so that it can go on after a kill.
@@ -139,6 +143,23 @@ class Versions:
 
         self._store.write(work)
 
+    def refuse(self, name: str, reasons: Sequence[str]) -> None:
+        """Say that a policy shall not serve; a canary's duels end.
+
+        Raises:
+            ValueError: there is no such policy, or it serves.
+        """
+
+        def work(connection: Connection) -> None:
+            kind = _get(connection, name).kind
+            if kind != "policy":
+                raise ValueError(f"{name!r} is a {kind} model: only a policy serves")
+            if _served(connection, kind)[-1:] == [name]:
+                raise ValueError(f"{name!r} serves: roll it back (`alignfast online rollback`)")
+            _set(connection, name, "refused", reasons)
+
+        self._store.write(work)
+
     def set_figures(self, name: str, figures: Mapping[str, Any]) -> None:
         """Keep what the making of a version measured, in place of what was kept before.
 
@@ -184,26 +205,45 @@ class Versions:
         with self._store.read() as connection:
             return _canary(connection)
 
-    def promote(self, name: str) -> Version:
-        """Make a version the one that serves, among those of its kind."""
+    def promote(self, name: str, *, over: str | None = None) -> Version:
+        """Make a version the one that serves, among those of its kind.
+
+        Args:
+            name: of the version.
+            over: what must serve until then; None: whatever does.
+
+        Raises:
+            ServesAnother: something else serves; nothing is changed.
+            ValueError: there is no such version.
+        """
 
         def work(connection: Connection) -> Version:
             found = _get(connection, name)
+            _expect(_served(connection, found.kind), over)
             _set(connection, name, "promoted", found.reasons)
             _promotion(connection, found, "promote")
             return _get(connection, name)
 
         return self._store.write(work)
 
-    def roll_back(self, kind: VersionKind = "policy", reasons: Sequence[str] = ()) -> Version:
+    def roll_back(
+        self, kind: VersionKind = "policy", reasons: Sequence[str] = (), *, of: str | None = None
+    ) -> Version:
         """Serve again what served before the version that serves now.
 
+        Args:
+            kind: of the version.
+            reasons: in words.
+            of: what must serve until then; None: whatever does.
+
         Raises:
+            ServesAnother: something else serves; nothing is changed.
             ValueError: no version served before.
         """
 
         def work(connection: Connection) -> Version:
             served = _served(connection, kind)
+            _expect(served, of)
             if len(served) < 2:
                 raise ValueError(
                     f"no {kind} served before {served[-1] if served else 'this'}: there is none to go back to"
@@ -326,6 +366,11 @@ def _set(connection: Connection, name: str, status: Status, reasons: Sequence[st
 def _promotion(connection: Connection, version: Version, action: str) -> None:
     row = {"kind": version.kind, "version": version.name, "action": action, "created": time.time()}
     connection.execute(insert(promotions).values(**row))
+
+
+def _expect(served: Sequence[str], name: str | None) -> None:
+    if name is not None and list(served[-1:]) != [name]:
+        raise ServesAnother(f"{served[-1] if served else 'nothing'} serves, and not {name}")
 
 
 def _served(connection: Connection, kind: VersionKind) -> list[str]:

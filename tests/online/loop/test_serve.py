@@ -5,7 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from alignfast.online.feedback import Shown, Vote
 from alignfast.online.loop import OnlineLoop, Round
 from alignfast.online.loop.serve import duel, promote, watch
 from alignfast.online.store import Run, Store
+from alignfast.online.store.stats import first_thumbs, satisfaction
 
 
 @pytest.fixture
@@ -102,6 +104,106 @@ def test_a_candidate_is_not_promoted_over_what_it_was_not_compared_with(store: S
     assert "by-hand serves by now" in store.versions.get("policy-1").reasons[0]
 
 
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_what_was_settled_by_hand_stands(store: Store, tmp_path: Path, share: float) -> None:
+    """Refused, promoted, rolled back, or another promoted, before the duels or a promotion; none is undone."""
+    loop, run, round = make(store, tmp_path, canary_share=share)
+    store.versions.add("by-hand", "policy", "/by-hand", "2", parents=["start"])
+    store.versions.refuse("policy-1", ["too rude"])
+    assert duel(loop, run, round) == promote(loop, run, round) == "end"
+    assert round.outcome == "policy-1 is refused: too rude"
+    store.versions.promote("policy-1")
+    assert duel(loop, run, round) == promote(loop, run, round) == "next"
+    store.versions.promote("by-hand")
+    assert duel(loop, run, round) == promote(loop, run, round) == "end"
+    assert round.outcome == "policy-1 no longer serves: too rude"
+    store.versions.roll_back()
+    store.versions.roll_back(
+        reasons=["still rude"]
+    )  # a learner that was killed while it promoted comes back now
+    assert duel(loop, run, round) == promote(loop, run, round) == "end"
+    assert round.outcome == "policy-1 is rolled_back: still rude"
+    assert serves(store) == "start"
+
+
+def test_another_version_that_serves_meanwhile_stays(store: Store, tmp_path: Path) -> None:
+    """Between a look at what serves and the write: promotions and roll-backs are of what was looked at."""
+    loop, run, round = make(store, tmp_path, canary_share=0.0, watch_seconds=3600.0)
+    store.versions.add("by-hand", "policy", "/by-hand", "2")
+    meanwhile(store, "promote", lambda: store.versions.promote("by-hand"))
+    assert promote(loop, run, round) == "end"
+    assert serves(store) == "by-hand"
+    assert "by-hand serves by now" in store.versions.get("policy-1").reasons[0]
+
+    thumbs(store, "start", 60, 20)
+    thumbs(store, "by-hand", 10, 40)
+    meanwhile(store, "roll_back", lambda: store.versions.promote("policy-1"))
+    assert watch(loop, run, replace(round, policy="by-hand", since=time.time())) == "end"
+    assert serves(store) == "policy-1"
+    assert store.versions.get("by-hand").status == "promoted"
+
+
+def meanwhile(store: Store, name: str, happens: Callable[[], object]) -> None:
+    """Something happens just before the next call of a method of the versions."""
+    method = getattr(store.versions, name)
+
+    def later(*args: Any, **rest: Any) -> Any:
+        delattr(store.versions, name)
+        happens()
+        return method(*args, **rest)
+
+    setattr(store.versions, name, later)
+
+
+def serves(store: Store) -> str:
+    serving = store.versions.serving()
+    assert serving is not None
+    return serving.name
+
+
+def test_the_watch_compares_first_thumbs_with_first_thumbs(store: Store, tmp_path: Path) -> None:
+    """Of voters who were not pleased at first, and are by now, with both versions alike."""
+    loop, run, round = make(store, tmp_path, watch_seconds=3600.0)
+    for version in ("start", "policy-1"):
+        if version == "policy-1":
+            promote(loop, run, round)
+        thumbs(store, version, 0, 40)
+        for i in range(40):
+            for again in range(9):
+                store.record_shown(
+                    Shown(id=f"{version}-{i}-{again}", prompt="a", text="b", policy_version=version)
+                )
+                vote = Vote(response_id=f"{version}-{i}-{again}", kind="thumb", value="up", user=f"t{i}")
+                store.add_vote(vote)
+    assert satisfaction(store)["start"].rate.estimate == 0.9
+    assert watch(loop, run, round) == "wait"
+
+
+def test_thumbs_on_conversations_count(store: Store, tmp_path: Path) -> None:
+    """Once with each version that answered in it."""
+    loop, run, round = make(store, tmp_path, watch_seconds=3600.0)
+    thumbs(store, "start", 60, 20)
+    promote(loop, run, round)
+    for i in range(40):
+        store.record_shown(
+            *(
+                Shown(
+                    id=f"c{i}-{turn}",
+                    prompt="a",
+                    text="b",
+                    episode_id=f"c{i}",
+                    turn=turn,
+                    policy_version="policy-1",
+                )
+                for turn in range(2)
+            )
+        )
+        store.add_vote(Vote(episode_id=f"c{i}", kind="thumb", value="down", user=f"t{i}"))
+    assert satisfaction(store)["policy-1"].votes == len(first_thumbs(store, "policy-1")) == 40
+    assert watch(loop, run, round) == "end"
+    assert store.versions.get("policy-1").status == "rolled_back"
+
+
 def test_a_version_that_people_like_less_is_rolled_back(store: Store, tmp_path: Path) -> None:
     loop, run, round = make(store, tmp_path, watch_seconds=3600.0)
     thumbs(store, "start", 60, 20)
@@ -149,6 +251,12 @@ def test_commands(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert store.versions.get("policy-1").reasons == ("too rude",)
     store.versions.add("reward-1", "reward", "/reward-1", "3")
     assert main(["online", "promote", "reward-1", "--db", db]) == 1
+    assert main(["online", "refuse", "reward-1", "--db", db]) == 1
+    assert main(["online", "refuse", "start", "--db", db]) == 1
+    assert "'start' serves: roll it back" in capsys.readouterr().err
+    store.versions.add("policy-2", "policy", "/policy-2", "4")
+    assert main(["online", "refuse", "policy-2", "--db", db, "--reason", "too long"]) == 0
+    assert store.versions.get("policy-2").reasons == ("too long",)
     assert main(["online", "rollback", "--db", db]) == 1
     assert main(["online", "roll", "--db", db]) == 2
     assert "there is no `alignfast online roll`" in capsys.readouterr().err
