@@ -4,8 +4,8 @@
     log-prob           log pi(y|x)                              what a sampler does
     per token          log pi(y|x) / |y|                        the same, blind to length
 
-A tie counts as half. Intervals are Wilson's with the effective count of pairs, robust to pairs that share a prompt
-(`alignfast.data.intervals`). Rows that have a `subset` are also counted by subset, and RewardBench's subsets
+A tie counts as half. Intervals are Wilson's with the effective count of pairs, robust to pairs that share a prompt, or
+whatever a column names (`alignfast.data.intervals`). Rows that have a `subset` are also counted by subset, and RewardBench's subsets
 (https://arxiv.org/abs/2403.13787) by section.
 """
 
@@ -49,7 +49,7 @@ class PreferenceReport:
     Attributes:
         name: file or dataset.
         pairs: pairs that were scored.
-        prompts: different prompts among them: the clusters of the intervals.
+        prompts: different prompts among them.
         dropped_rows: rows of which cutting left nothing to score.
         reference: what the implicit reward is measured against; None where there is no such reward.
         beta: factor of the implicit reward.
@@ -107,6 +107,7 @@ def preference_accuracy(
     beta: float = 0.1,
     max_length: int | None = None,
     max_tokens: int = MAX_TOKENS,
+    together: str | None = None,
 ) -> PreferenceReport:
     """Preference accuracy of a policy on rows of chosen and rejected answers.
 
@@ -119,6 +120,7 @@ def preference_accuracy(
         beta: factor of the implicit reward, > 0.
         max_length: longer sequences are cut to it at their end; None cuts nothing.
         max_tokens: tokens of one batch.
+        together: column of which equal values are taken together in the intervals, e.g. who judged; None: the prompt.
 
     Raises:
         DataError: the rows are of another format.
@@ -137,9 +139,10 @@ def preference_accuracy(
         margins = {IMPLICIT: beta * _margin(scores.sums_S - against.sums_S), **margins}
     right = {measure: (np.sign(margin_N) + 1) / 2 for measure, margin_N in margins.items()}
     prompts = [json.dumps(rows[i]["prompt"], sort_keys=True) for i in prepared.rows]
+    clusters = prompts if together is None else [rows[i][together] for i in prepared.rows]
     named = [rows[i].get("subset") for i in prepared.rows]
     subsets = {
-        subset: _accuracy(right, prompts, np.array([other == subset for other in named]))
+        subset: _accuracy(right, clusters, np.array([other == subset for other in named]))
         for subset in sorted({str(subset) for subset in named if subset is not None})
     }
     counts = {subset: named.count(subset) for subset in subsets}
@@ -151,7 +154,7 @@ def preference_accuracy(
         reference=name,
         beta=beta,
         margin=float(margins[IMPLICIT].mean()) if against is not None else None,
-        accuracy=_accuracy(right, prompts, np.ones(len(prompts), np.bool_)),
+        accuracy=_accuracy(right, clusters, np.ones(len(prompts), np.bool_)),
         subsets=subsets,
         sections=_sections(subsets, counts),
     )
@@ -175,10 +178,10 @@ def _margin(score_S: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _accuracy(
-    right: dict[str, NDArray[np.float64]], prompts: Sequence[str], kept_N: NDArray[np.bool_]
+    right: dict[str, NDArray[np.float64]], clusters: Sequence[str], kept_N: NDArray[np.bool_]
 ) -> dict[str, Interval]:
-    kept_prompts = [prompt for prompt, kept in zip(prompts, kept_N) if kept]
-    return {measure: proportion(right_N[kept_N], kept_prompts) for measure, right_N in right.items()}
+    kept_clusters = [cluster for cluster, kept in zip(clusters, kept_N) if kept]
+    return {measure: proportion(right_N[kept_N], kept_clusters) for measure, right_N in right.items()}
 
 
 def _sections(subsets: dict[str, dict[str, Interval]], counts: dict[str, int]) -> dict[str, dict[str, float]]:

@@ -10,6 +10,7 @@ Ties, edits and hints judge nothing here. That somebody is flagged says that the
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import NamedTuple
 
-from alignfast.online.feedback import TIE, Judged, Vote, voter_of
+from alignfast.online.feedback import ANONYMOUS, TIE, Judged, Prompt, Vote, voter_of
 
 _LEVEL = 0.05  # chance that somebody is flagged where all are alike
 
@@ -68,6 +69,15 @@ def voter_weights(users: Sequence[str], most: float) -> list[float]:
         raise ValueError(f"most must be above 0, got {most}")
     counts = Counter(map(voter_of, users))
     return [min(1.0, most / counts[voter_of(user)]) for user in users]
+
+
+def unit_of(user: str, prompt: Prompt) -> str:
+    """What a vote is taken together with in an interval: the voter's others; of a voter of whom nothing is known the prompt's.
+
+    >>> unit_of("ada", "2 + 2"), unit_of("anonymous:17", "2 + 2"), unit_of("anonymous", "2 + 2")
+    ('ada', 'anonymous', '"2 + 2"')
+    """
+    return json.dumps(prompt, sort_keys=True) if user == ANONYMOUS else voter_of(user)
 
 
 def distinct(judged: Iterable[Judged]) -> list[Judged]:

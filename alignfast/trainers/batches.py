@@ -35,6 +35,11 @@ class Data:
 NO_DATA = Data([], [], PrepareReport(), 0)
 
 
+def longest_row(max_length: int | None, positions: int | None) -> int | None:
+    """Tokens of a row by the option and the model: whichever is less; None where neither says."""
+    return min((limit for limit in (max_length, positions) if limit is not None), default=None)
+
+
 def join_data(
     known: list[Data], prepared: Prepared, config: TrainerConfig, vocabulary: int, positions: int | None
 ) -> Data:

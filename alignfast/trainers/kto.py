@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from alignfast.data import THUMBS_FORMATS, Batch, Prepared, Rows, Tree, mismatched, pack, prepare_thumbs
 from alignfast.losses import KTO_STATS, kto_loss, kto_metrics
-from alignfast.trainers.batches import Counts, Data, Share, num_predictions, pack_rows
+from alignfast.trainers.batches import Counts, Data, Share, longest_row, num_predictions, pack_rows
 from alignfast.trainers.config import TrainerConfig, config
 from alignfast.trainers.loop import Trainer
 from alignfast.trainers.metrics import Metrics
@@ -158,11 +158,10 @@ class KTOTrainer(Trainer):
         if not data.trees or not args.has_reference_point:
             return data
         per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        limits = [limit for limit in (args.max_length, self.module.positions) if limit is not None]
         trees = mismatched(
             data.trees,
             per_step * self.accelerator.num_processes,
-            min(limits, default=None),
+            longest_row(args.max_length, self.module.positions),
             keep_end=args.truncation_mode == "keep_end",
         )
         # Rows of their own among all that was read: so the reference's table knows them too.

@@ -5,13 +5,17 @@
     it is that at a level of 10 % while the reward rises      preference, reward, reward_serving
     the judge's, or the reward's, win rate is, for certain    win_rate, reward_wins
     it has gone too far from the start policy                 kl
-    answers grew or shrank too much, or no longer end         length, length_serving, cut, cut_serving
+    it has gone far beyond the round's budget                 kl_budget
+    answers grew or shrank too much, or no longer end         length, length_serving, length_start, cut, cut_serving
     they repeat themselves                                    distinct_2, distinct_2_serving
     a suite falls; one of safety at all                       suites
-    nothing is better for certain, where that is required     preference, win_rate
+    what was measured is not better for certain, where        preference, win_rate
+    that is required
+    the judge has left too many answers without a verdict     unjudged
+    a figure is no number                                     not_finite
 
 A comparison is with the version that serves: 1/2 is no difference, and "for certain" is the 95 % interval's end. What was
-not measured refuses nothing, but for what must be significant.
+not measured refuses nothing, but for what must be significant, or was to be measured and could not be.
 
 While the reward rises less is asked of a fall: a rising reward is what a hack looks like, and who passes wrongly is shown to
 people, while a sound candidate that is refused comes again a round later with more votes. So one in ten of those that change
@@ -42,26 +46,32 @@ class GateConfig:
 
     max_kl: float = 1.0
     """Nats a token to the start policy, > 0."""
+    max_kl_overrun: float = 2.0
+    """What the round has spent of its KL budget, by the budget, >= 1: training ends after the first look beyond it."""
     max_length_ratio: float = 1.5
     """Tokens of an answer, by those of the serving version's, or the other way round, >= 1."""
+    max_length_drift: float = 2.5
+    """The same by those of the start policy's: small steps add up."""
     max_cut_rise: float = 0.2
     """By how much the share of answers that do not end may rise, in [0, 1]."""
     min_distinct_ratio: float = 0.5
     """Different pairs of tokens, by those of the serving version's, in [0, 1]."""
     max_suite_drop: float = 0.05
     """By how much one of the operator's task suites may fall, in [0, 1]."""
+    max_unjudged: float = 0.5
+    """Share of the answers that the judge may leave without a verdict, in [0, 1]."""
     require_significant: bool = False
-    """Refuse what neither held-out preference nor the judge finds better for certain."""
+    """Refuse what held-out preference or the judge, each where it was measured, does not find better for certain."""
 
     def __post_init__(self) -> None:
-        for name in ("max_cut_rise", "min_distinct_ratio", "max_suite_drop"):
+        for name in ("max_cut_rise", "min_distinct_ratio", "max_suite_drop", "max_unjudged"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"gate: {name} must lie in [0, 1], got {getattr(self, name)}")
-        if not self.max_kl > 0 or not self.max_length_ratio >= 1:
-            raise ValueError(
-                f"gate: expected max_kl > 0 and max_length_ratio >= 1, got max_kl={self.max_kl} and "
-                f"max_length_ratio={self.max_length_ratio}"
-            )
+        for name in ("max_kl_overrun", "max_length_ratio", "max_length_drift"):
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"gate: {name} must be at least 1, got {getattr(self, name)}")
+        if not self.max_kl > 0:
+            raise ValueError(f"gate: max_kl must be above 0, got {self.max_kl}")
 
 
 class Decision(NamedTuple):
@@ -89,9 +99,16 @@ def gate(figures: Mapping[str, Any], limits: GateConfig) -> Decision:
     >>> gate({"preference": better, "kl": 0.1, "length": 240, "length_serving": 80}, GateConfig()).reasons
     ('answers have 240 tokens, and 80 with the serving version: more than 1.5 times',)
     """
-    checks = (_preference, _distance, _texts, _suites, _significance)
+    checks = (_measured, _preference, _distance, _texts, _suites, _significance)
     reasons = tuple(reason for check in checks for reason in check(figures, limits))
     return Decision(not reasons, reasons)
+
+
+def _measured(figures: Mapping[str, Any], limits: GateConfig) -> Iterator[str]:
+    if figures.get("not_finite"):
+        yield f"{', '.join(figures['not_finite'])}: no finite number, so that it can't be told what it is worth"
+    if figures.get("unjudged", 0.0) > limits.max_unjudged:
+        yield f"the judge has left {figures['unjudged']:.0%} of the answers without a verdict"
 
 
 def _preference(figures: Mapping[str, Any], limits: GateConfig) -> Iterator[str]:
@@ -112,6 +129,10 @@ def _preference(figures: Mapping[str, Any], limits: GateConfig) -> Iterator[str]
 def _distance(figures: Mapping[str, Any], limits: GateConfig) -> Iterator[str]:
     if figures.get("kl", 0.0) > limits.max_kl:
         yield f"KL to the start policy is {figures['kl']:.3f} nats a token: more than {limits.max_kl:g}"
+    budget = figures.get("kl_budget")
+    if budget is not None and budget["spent"] > limits.max_kl_overrun * budget["most"]:
+        spent, most = budget["spent"], budget["most"]
+        yield f"the round has spent {spent:.3f} nats a token of {most:g}: more than {limits.max_kl_overrun:g} times"
 
 
 def _texts(figures: Mapping[str, Any], limits: GateConfig) -> Iterator[str]:
@@ -121,6 +142,10 @@ def _texts(figures: Mapping[str, Any], limits: GateConfig) -> Iterator[str]:
             yield f"answers have {ours:.0f} tokens, and {theirs:.0f} with the serving version: more than {most:g} times"
         if theirs > most * max(1.0, ours):
             yield f"answers have {ours:.0f} tokens, and {theirs:.0f} with the serving version: less than 1 / {most:g}"
+    if "length_start" in figures:
+        ours, theirs, most = figures["length"], figures["length_start"], limits.max_length_drift
+        if not 1 / most <= max(1.0, ours) / max(1.0, theirs) <= most:
+            yield f"answers have {ours:.0f} tokens, and {theirs:.0f} with the start policy: more than {most:g} times off"
     if "cut" in figures and figures["cut"] > figures["cut_serving"] + limits.max_cut_rise:
         yield f"{figures['cut']:.0%} of the answers do not end, and {figures['cut_serving']:.0%} with the serving version"
     if "distinct_2" in figures and "distinct_2_serving" in figures:
@@ -138,11 +163,14 @@ def _suites(figures: Mapping[str, Any], limits: GateConfig) -> Iterator[str]:
 
 
 def _significance(figures: Mapping[str, Any], limits: GateConfig) -> Iterator[str]:
-    if limits.require_significant and not any(
-        figures[name]["low"] > 0.5 for name in ("preference", "win_rate") if name in figures
-    ):
-        found = [f"{name} {_told(figures[name])}" for name in ("preference", "win_rate") if name in figures]
-        yield f"nothing is better for certain ({', '.join(found) or 'nothing was measured'})"
+    if not limits.require_significant:
+        return
+    measured = [name for name in ("preference", "win_rate") if name in figures]
+    if not measured:
+        yield "it is not better for certain: neither held-out preference nor a win rate was measured"
+    for name in measured:
+        if figures[name]["low"] <= 0.5:
+            yield f"{name} {_told(figures[name])} is not above 1/2 for certain"
 
 
 def _chance_of_fewer(share: Mapping[str, float]) -> float:

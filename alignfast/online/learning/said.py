@@ -15,15 +15,14 @@ Not done here: tokens; what a vote weighs beside others of its voter (votes.py).
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alignfast.online.feedback import ANONYMOUS, TIE, Judged, Kind, Prompt, voter_of
+from alignfast.online.feedback import ANONYMOUS, TIE, Judged, Kind, Prompt
 from alignfast.online.learning.votes import Weighed
-from alignfast.online.voters import contrary
+from alignfast.online.voters import contrary, unit_of
 
 RATINGS = 5
 
@@ -59,8 +58,8 @@ class Said:
 
     @property
     def whole(self) -> str:
-        """What it belongs with in an interval: the voter's other votes; the prompt's, of a voter of whom nothing is known."""
-        return json.dumps(self.prompt, sort_keys=True) if self.user == ANONYMOUS else voter_of(self.user)
+        """What it belongs with in an interval."""
+        return unit_of(self.user, self.prompt)
 
 
 def said_of(

@@ -35,7 +35,7 @@ from alignfast.losses import comparison_loss, ranking_loss, verdict_loss
 from alignfast.online.learning.levels import fit_levels, fit_ties
 from alignfast.online.learning.said import Said, find_contrary, pairs_of
 from alignfast.online.learning.votes import DAY, VoteLimits
-from alignfast.trainers.batches import NO_DATA, Counts, Data, Share, join_data
+from alignfast.trainers.batches import NO_DATA, Counts, Data, Share, join_data, longest_row
 from alignfast.trainers.config import config
 from alignfast.trainers.metrics import Metrics, means
 from alignfast.trainers.reward import RewardConfig, RewardTrainer
@@ -128,8 +128,9 @@ class FeedbackTrainer(RewardTrainer):
 
     def before_step(self, data: Data, share: Share) -> None:
         """Levels, offsets and nu from the rewards as they were last seen."""
-        self.shared = _Shared.fit(self.said, self.seen, self.args)
         self.contrary = self.find_contrary()
+        weights = {number: self.weight(one) for number, one in self.said.items()}
+        self.shared = _Shared.fit(self.said, weights, self.seen, self.args)
 
     def compute_loss(self, batch: Batch, counts: Counts, router_weight: float) -> tuple[Tensor, Metrics]:
         """The weighted loss of votes, a mean over the step's and over heads."""
@@ -173,7 +174,8 @@ class FeedbackTrainer(RewardTrainer):
         if source is None:
             return NO_DATA
         said: Sequence[Said] = source
-        prepared = plant(said, self.processing_class, self.args.max_length, self.args.truncation_mode)
+        longest = longest_row(self.args.max_length, self.module.positions)
+        prepared = plant(said, self.processing_class, longest, self.args.truncation_mode)
         data = join_data(self.all_data, prepared, self.args, self.module.vocabulary, self.module.positions)
         self.said |= {data.first + at: said[row] for at, row in enumerate(prepared.rows)}
         return data
@@ -226,7 +228,14 @@ class _Shared(NamedTuple):
     log_nu: float
 
     @classmethod
-    def fit(cls, said: dict[int, Said], seen: dict[int, list[float]], args: FeedbackConfig) -> _Shared:
+    def fit(
+        cls,
+        said: dict[int, Said],
+        weights: dict[int, float],
+        seen: dict[int, list[float]],
+        args: FeedbackConfig,
+    ) -> _Shared:
+        """Those under which the votes are likeliest, each at its weight in the loss, where the levels of a vote share it."""
         levels: dict[Any, int] = defaultdict(lambda: len(levels))
         voters: dict[str, int] = defaultdict(lambda: len(voters))
         verdicts: list[tuple[int, float, bool, int, int, float]] = []
@@ -241,13 +250,13 @@ class _Shared(NamedTuple):
                         above,
                         levels[one.kind, period, k],
                         voters[one.user],
-                        one.weight,
+                        weights[number] / len(one.above),
                     )
                     for k, above in enumerate(one.above)
                 ]
             elif (len(one.texts) == 2 and one.kind != "edit") or one.tied:
                 duels += [
-                    (seen[number][i] - seen[number][j], tied, one.weight * 2 / len(one.texts))
+                    (seen[number][i] - seen[number][j], tied, weights[number] * 2 / len(one.texts))
                     for i, j, tied in pairs_of(one)
                 ]
         cuts: dict[int, list[float]] = defaultdict(list)

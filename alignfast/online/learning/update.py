@@ -28,8 +28,9 @@ from alignfast.models import RewardModel
 from alignfast.online.feedback import Judged
 from alignfast.online.learning.said import Said, judged_leads, said_of
 from alignfast.online.learning.trainer import FeedbackConfig, FeedbackTrainer, plant
-from alignfast.online.learning.votes import Weighed, weigh
+from alignfast.online.learning.votes import Weighed, under_cap, weigh
 from alignfast.online.voters import distinct
+from alignfast.trainers.batches import longest_row
 
 _QUIET = {"report_to": "none", "save_steps": 50, "save_total_limit": 1, "disable_tqdm": True}
 
@@ -80,7 +81,9 @@ def update_reward(
     both = {one.vote.id for one in held_out} & {one.vote.id for one in [*train, *replay]}
     if both:
         raise ValueError(f"{len(both)} votes are both trained on and held out, {min(both)!r} among them")
-    old = _drawn(replay, round(args.replay_ratio * len(train)), args.seed)
+    # A flood of one voter's is no larger part of what is drawn than it may be of a round.
+    replayable = list(under_cap(distinct(replay), args.vote_limits))
+    old = _drawn(replayable, round(args.replay_ratio * len(train)), args.seed)
     found = weigh([*old, *train], args.vote_limits)
     said = said_of(found.kept, edit_kept=args.edit_kept, implicit_weight=args.implicit_weight)
     if not said:
@@ -92,6 +95,7 @@ def update_reward(
     trainer = FeedbackTrainer(start, args, train_dataset=said, peft_config=None if adapted else args.peft)
     held = said_of([Weighed(one, 1.0) for one in distinct(held_out)], edit_kept=args.edit_kept)
     figures: dict[str, Any] = {**found.figures, "votes_replayed": len(old)}
+    figures["rows_too_long"] = trainer.train_data.report.too_long_rows
     if not trainer.module.fresh_head:
         before = held_out_figures(trainer.module, trainer.processing_class, held, args)
         figures |= {f"{name}_before": value for name, value in before.items() if name == "reward_accuracy"}
@@ -135,7 +139,8 @@ def held_out_figures(
         said: held-out votes.
         args: for how long sequences may be.
     """
-    prepared = plant(said, tokenizer, args.max_length, args.truncation_mode) if said else None
+    longest = longest_row(args.max_length, model.positions)
+    prepared = plant(said, tokenizer, longest, args.truncation_mode) if said else None
     if prepared is None or not prepared.trees:
         return {}
     rewards_S = model.score(prepared.trees).mean(1)

@@ -107,7 +107,7 @@ def weigh(judged: Sequence[Judged], limits: VoteLimits | None = None) -> Weighin
     """
     limits = VoteLimits() if limits is None else limits
     different = distinct(judged)
-    under = list(_under_cap(different, limits))
+    under = list(under_cap(different, limits))
     flagged = tuple(one for one in agreement(_judgements(under)) if one.flagged)
     of_user = dict.fromkeys((one.user for one in flagged), limits.flagged)
     heard = [one for one in under if of_user.get(one.vote.user, 1.0) > 0]
@@ -118,7 +118,8 @@ def weigh(judged: Sequence[Judged], limits: VoteLimits | None = None) -> Weighin
     return Weighing(kept, len(judged) - len(different), len(different) - len(under), flagged)
 
 
-def _under_cap(judged: Iterable[Judged], limits: VoteLimits) -> Iterator[Judged]:
+def under_cap(judged: Iterable[Judged], limits: VoteLimits) -> Iterator[Judged]:
+    """The first votes of each voter in each period, in the order in which they were given."""
     counts: Counter[tuple[str, float]] = Counter()
     # sorted() is stable, and distinct() leaves votes in the order in which they were said last
     for one in sorted(judged, key=lambda one: one.vote.created):

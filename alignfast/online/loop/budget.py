@@ -6,7 +6,7 @@
 
 A round's budget is of the KL to the version that it began from, measured on fresh answers; the anchor to the start policy
 is the trainer's own `beta`. Training ends after the first measurement at which the budget is spent, so that the policy
-goes beyond it by what it moves in `every` steps.
+goes beyond it by what it moves in `every` steps. What training ends with is measured too, however short it was.
 
 Letters: P tokens.
 """
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from alignfast.data import Tree
 from alignfast.evaluation.scores import MAX_TOKENS
@@ -61,8 +62,8 @@ def kl_to(other: Policy, completions: Sequence[Completion]) -> dict[str, float]:
     }
 
 
-class KlBudget(TrainerCallback):
-    """Ends training when the policy has gone as far from another as it may.
+class KlBudget(TrainerCallback, ExportableState):
+    """Ends training when the policy has gone as far from another as it may; a checkpoint knows that it did.
 
     Args:
         trainer: whose policy it is.
@@ -74,6 +75,7 @@ class KlBudget(TrainerCallback):
 
     Attributes:
         spent: the last measurement; None before the first.
+        measured: the step after which it was made.
         ended: whether the budget ended training.
     """
 
@@ -90,21 +92,42 @@ class KlBudget(TrainerCallback):
         self.trainer, self.other, self.prompts = trainer, other, prompts
         self.most, self.every, self.most_tokens = most, every, most_tokens
         self.spent: float | None = None
+        self.measured: int | None = None
         self.ended = False
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {
+            "args": {},
+            "attributes": {"spent": self.spent, "measured": self.measured, "ended": self.ended},
+        }
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> Any:
+        """A run whose budget was spent before a kill has ended."""
+        control.should_training_stop = control.should_training_stop or self.ended
+        return control
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> Any:
         """Measure where it is due."""
-        if state.global_step % self.every:
-            return control
+        if state.global_step % self.every == 0 and self._measure(args, state) >= self.most:
+            self.ended = control.should_training_stop = True
+            self.trainer.log.say(
+                f"step {state.global_step}: the round's KL budget is spent, {self.spent:.3f} of {self.most:g}"
+            )
+        return control
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> Any:
+        """Measure the policy that training ends with."""
+        if self.measured != state.global_step:
+            self._measure(args, state)
+        return control
+
+    def _measure(self, args: Any, state: Any) -> float:
         trainer = self.trainer
         with trainer.accelerator.autocast():
             found = fresh_answers(
                 trainer.module, trainer.processing_class, self.prompts, self.most_tokens, args.seed
             )
-            self.spent = kl_to(self.other, found)["kl_k3"]
-        if self.spent >= self.most:
-            self.ended = control.should_training_stop = True
-            trainer.log.say(
-                f"step {state.global_step}: the round's KL budget is spent, {self.spent:.3f} of {self.most:g}"
-            )
-        return control
+            self.spent = spent = kl_to(self.other, found)["kl_k3"]
+        self.measured = state.global_step
+        return spent

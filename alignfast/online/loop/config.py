@@ -6,6 +6,8 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig
+
 from alignfast.online.feedback import KINDS, SAID
 from alignfast.online.learning.gate import GateConfig
 from alignfast.online.learning.trainer import FeedbackConfig
@@ -23,6 +25,11 @@ METHODS: dict[str, type[TrainerConfig]] = {
 }
 ON_POLICY = ("grpo", "ppo")
 ANSWER_TOKENS = 256  # of a fresh answer, where nothing says otherwise
+# Options that change nothing of what a policy is trained to be: all others do, those too that are yet to come.
+NOT_OF_TRAINING = (
+    "db", "output_dir", "min_votes", "max_wait", "poll_seconds", "judge", "task_suites", "safety_suites", "eval_prompts", "gate",
+    "canary_share", "canary_margin", "canary_voters", "canary_seconds", "watch_seconds", "watch_drop",
+)  # fmt: skip
 # What the loop sets by itself.
 _OWN = ("output_dir", "resume_from_checkpoint", "push_to_hub", "load_best_model_at_end")
 
@@ -118,34 +125,63 @@ class OnlineConfig:
             self._require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("max_age", "max_logged_kl", "canary_seconds", "watch_seconds", "watch_drop"):
             self._require(getattr(self, name) >= 0, name, "at least 0")
-        for name in ("held_out", "canary_margin"):
-            self._require(0 <= getattr(self, name) < 1, name, "in [0, 1)")
-        for name in ("max_wait", "kl_budget", "votes_per_user", "max_completion_length"):
+        self._require(0 <= self.held_out < 1, "held_out", "in [0, 1)")
+        self._require(
+            0 <= self.canary_margin < 0.5, "canary_margin", "in [0, 0.5): nobody wins more than all"
+        )
+        for name in ("max_wait", "kl_budget"):
             value = getattr(self, name)
             self._require(value is None or value > 0, name, "above 0, or None")
+        for name in ("votes_per_user", "max_completion_length"):
+            value = getattr(self, name)
+            self._require(
+                value is None or (type(value) is int and value >= 1), name, "a whole number >= 1, or None"
+            )
         self._require(self.poll_seconds > 0, "poll_seconds", "above 0")
         self._require(0 <= self.canary_share <= 1, "canary_share", "in [0, 1]")
         self._require(self.method in METHODS, "method", f"one of {', '.join(METHODS)}")
         self._require(self.held_out_by in ("user", "prompt"), "held_out_by", "user or prompt")
         unknown = [kind for kind in self.kinds if kind not in KINDS]
         self._require(bool(self.kinds) and not unknown, "kinds", f"some of {', '.join(KINDS)}")
-        alone = self.method == "grpo" or not self.logged_answers
-        self._require(
-            alone, "logged_answers", f"None or false with method={self.method!r}: only grpo has them"
-        )
+        self._check_method()
+        both = sorted({*self.task_suites} & {*self.safety_suites})
+        if both:
+            raise ValueError(
+                f"task_suites and safety_suites both name {', '.join(both)}: give each its own name"
+            )
         for name in ("policy_options", "reward_options"):
             own = [option for option in getattr(self, name) if option in _OWN]
             if own:
                 raise ValueError(f"{name}: {', '.join(own)} is set by the loop itself: leave it out")
         for name, make in (  # each tells a wrong option of its own
             ("policy_options", lambda: self.trainer_config(self.folder)),
-            ("reward_options", lambda: FeedbackConfig(**self.reward_options)),
+            ("reward_options", lambda: self.feedback),
             ("gate", lambda: GateConfig(**self.gate)),
+            ("peft", lambda: LoraConfig(**(self.peft or {}))),
+            ("reward_options.peft", lambda: LoraConfig(**(self.feedback.peft or {}))),
         ):
             try:
                 make()
             except TypeError as error:
                 raise ValueError(f"{name}: {error}") from error
+        if "implicit" in self.kinds and self.feedback.implicit_weight == 0:
+            raise ValueError(
+                "kinds names implicit, and hints weigh nothing: give reward_options.implicit_weight, or leave them out"
+            )
+
+    def _check_method(self) -> None:
+        """Options that the method has no use for stay as they are."""
+        for name, wanted, whose in (
+            ("logged_answers", self.method == "grpo" or not self.logged_answers, "grpo"),
+            ("max_logged_kl", self.uses_logged, "grpo with logged answers"),
+            ("max_age", self.learns_from_votes, "dpo, kto and grpo with logged answers"),
+            ("max_prompts", self.method in ON_POLICY, "grpo and ppo"),
+        ):
+            value, default = getattr(self, name), getattr(OnlineConfig, name)
+            if not wanted and value != default:
+                raise ValueError(
+                    f"{name} is an option of {whose}, and method={self.method!r}: leave it out, got {value!r}"
+                )
 
     def _require(self, holds: bool, name: str, expected: str) -> None:
         if not holds:
@@ -161,12 +197,25 @@ class OnlineConfig:
         """`logged_answers` with its default."""
         return self.method == "grpo" if self.logged_answers is None else self.logged_answers
 
-    def trainer_config(self, folder: Path, answer_tokens: int = ANSWER_TOKENS) -> Any:
+    @property
+    def learns_from_votes(self) -> bool:
+        """Whether votes train the policy themselves, and not by way of the reward model alone."""
+        return self.method not in ON_POLICY or self.uses_logged
+
+    @property
+    def feedback(self) -> FeedbackConfig:
+        """`reward_options` with their defaults."""
+        return FeedbackConfig(**self.reward_options)
+
+    def trainer_config(
+        self, folder: Path, answer_tokens: int = ANSWER_TOKENS, positions: int | None = None
+    ) -> Any:
         """The config of the policy's trainer.
 
         Args:
             folder: of the run.
             answer_tokens: of a fresh answer, unless the trainer's own options say otherwise.
+            positions: of the model, where rows are cut at the latest unless these options say otherwise; None: it has no end.
 
         Raises:
             ValueError, TypeError: an option of it is wrong.
@@ -180,6 +229,8 @@ class OnlineConfig:
         options |= {"save_total_limit": 1, "disable_tqdm": True}
         if self.method in ON_POLICY:
             options["max_completion_length"] = answer_tokens
+        elif positions is not None:
+            options["max_length"] = min(positions, TrainerConfig.max_length or positions)
         if self.method == "grpo":
             options["beta"] = 0.04
             if self.uses_logged:

@@ -5,17 +5,19 @@
     reward        of the round's reward model, on fresh answers of both to the same prompts and random numbers
     win rate      of these answers, by a judge that is not that reward model
     kl            to the start policy, on the candidate's answers; a token, and a completion
-    length        tokens of an answer; cut: share that did not end
+    length        tokens of an answer, also of the start policy's; cut: share that did not end
     suites        the operator's own: candidate, serving
     satisfaction  so far, with the version that serves
 
 Prompts are those of held-out votes; where these are few, those of the others fill up. A figure that has nothing to be
-measured on is left out.
+measured on is left out; one that is no finite number is too, and its name stands under `not_finite`, at which the gate refuses.
+Intervals take a voter's votes together, and a prompt's where the voter is anybody.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,17 +31,22 @@ from alignfast.evaluation import distinct_n, length_figures, load_judge, prefere
 from alignfast.evaluation.preference import IMPLICIT
 from alignfast.online.loop.budget import fresh_answers, kl_to
 from alignfast.online.loop.folders import clear_work, made_by, publish
-from alignfast.online.loop.policy import candidate_folder, load_version, note_uses, training_figures
+from alignfast.online.loop.policy import candidate_folder, learn_policy, load_version, training_figures
 from alignfast.online.loop.round import NothingToLearn
-from alignfast.online.loop.votes import prompts_of, training_rows
+from alignfast.online.loop.votes import training_rows
 from alignfast.online.store import Run
 from alignfast.online.store.stats import satisfaction
+from alignfast.online.store.uses import Forgotten
+from alignfast.online.voters import unit_of
 from alignfast.rewards import RewardSet, load_reward
 from alignfast.rollout import Completion
+from alignfast.rollout.prompts import encode_prompt
 
 if TYPE_CHECKING:
     from alignfast.online.loop.loop import OnlineLoop
     from alignfast.online.loop.round import Round
+
+_JUDGE_SECONDS = 300.0  # that a reward function which judges may take
 
 Answer = Callable[[Sequence[Any]], list[str]]
 
@@ -50,15 +57,22 @@ def evaluate_candidate(loop: OnlineLoop, run: Run, round: Round) -> None:
     Raises:
         NothingToLearn: there is no prompt to measure it on.
     """
-    config, name = loop.config, round.policy_name
-    made = made_by(config.folder / name, run.id)
-    figures = made["figures"] if made else {**training_figures(loop, run), **measure(loop, run, round)}
+    config, name, model = loop.config, round.policy_name, candidate_folder(loop, run)
     assert round.reward is not None
-    publish(
-        loop.store, candidate_folder(loop, run), config.folder, name, "policy",
-        run=run.id, parents=[round.serving, round.reward], config=_config(loop), figures=figures,
-    )  # fmt: skip
-    note_uses(loop, round)
+    while True:
+        made = made_by(config.folder / name, run.id)
+        figures = (
+            made["figures"] if made else _finite(training_figures(loop, run) | measure(loop, run, round))
+        )
+        try:
+            publish(
+                loop.store, model.parent, model, config.folder, name, "policy",
+                run=run.id, parents=[round.serving, round.reward], config=_config(loop), figures=figures,
+            )  # fmt: skip
+            break
+        except Forgotten as error:
+            loop.say(f"{error}: it is trained anew without them")
+            learn_policy(loop, run, round)
     clear_work(config.folder, run.id)  # samples in it are of people's prompts
     round.policy, round.figures = name, figures
 
@@ -76,21 +90,29 @@ def measure(loop: OnlineLoop, run: Run, round: Round) -> dict[str, Any]:
         sides[side] = fresh_answers(policy, tokenizer, prompts, loop.answer_tokens, config.seed)
         suites[side] = _run_suites(loop, policy, tokenizer)
         if side == "candidate":
-            figures |= _preference(loop, policy, tokenizer, training_rows(held_out, "pairs"), serving.path)
+            pairs, figures["held_out_left_out"] = training_rows(held_out, "pairs", config.feedback.edit_kept)
+            figures |= _preference(loop, policy, tokenizer, pairs, serving.path)
         del policy
         gc.collect()  # before the next one is loaded
     assert round.reward is not None
     accuracy = loop.store.versions.get(round.reward).figures.get("reward_accuracy")
     if accuracy is not None:
         figures["reward_accuracy"] = accuracy
-    other, _ = load_version(start.path, loop.device)
+    other, tokenizer = load_version(start.path, loop.device)
     figures |= kl_to(other, sides["candidate"])
+    sides["start"] = (
+        sides["serving"]
+        if start.name == serving.name
+        else fresh_answers(other, tokenizer, prompts, loop.answer_tokens, config.seed)
+    )
     for side, completions in sides.items():
         ids = [of.token_ids for of in completions]
         found = length_figures([len(of) for of in ids], [of.finish_reason == "stop" for of in completions])
-        suffix = "" if side == "candidate" else "_serving"
+        suffix = "" if side == "candidate" else f"_{side}"
         figures[f"length{suffix}"], figures[f"cut{suffix}"] = found["mean_length"], found["clipped_ratio"]
-        figures[f"distinct_2{suffix}"] = distinct_n(ids, 2)
+        distinct = distinct_n(ids, 2)
+        if distinct == distinct:  # of no two tokens, nothing is distinct
+            figures[f"distinct_2{suffix}"] = distinct
     figures |= _rewards(loop, round, prompts, sides) | _judged(loop, round, prompts, sides)
     figures["suites"] = {
         name: {
@@ -102,21 +124,44 @@ def measure(loop: OnlineLoop, run: Run, round: Round) -> dict[str, Any]:
     thumbs = satisfaction(loop.store).get(round.serving)
     if thumbs is not None:
         figures["satisfaction_serving"] = thumbs.rate._asdict()
-    return {
-        name: value for name, value in figures.items() if value == value
-    }  # of no two tokens, nothing is distinct
+    return figures
 
 
-def check_judge(loop: OnlineLoop) -> None:
-    """Make sure, before a round is spent, that the judge is not the reward model in use.
+def _finite(figures: dict[str, Any]) -> dict[str, Any]:
+    """Figures that are numbers, and the names of the others; a database can't hold them, and no limit refuses a NaN."""
+    broken = [name for name, value in figures.items() if not _is_finite(value)]
+    kept = {name: value for name, value in figures.items() if name not in broken}
+    return {**kept, "not_finite": broken} if broken else kept
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def check_judges(loop: OnlineLoop) -> None:
+    """Make sure, before a round is spent, that the judge and the suites are there, and that the judge is not the loop's own.
 
     Raises:
-        ValueError: it is one of this loop's.
+        ValueError: the judge is a reward model of this loop, or judge or suite can't be loaded.
+        JudgeError: the judge gives no verdict.
     """
-    spec = loop.config.judge
-    own = [Path(version.path) for version in loop.store.versions.all("reward")]
-    if spec is not None and Path(spec).expanduser().resolve() in [*own, loop.config.folder]:
+    config, spec = loop.config, loop.config.judge
+    for name, path in {**config.task_suites, **config.safety_suites}.items():
+        try:
+            load_reward(path)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"the suite {name!r}: {error}") from error
+    if spec is None:
+        return
+    folder, own = Path(spec).expanduser().resolve(), [config.folder]
+    own += [Path(version.path).resolve() for version in loop.store.versions.all("reward")]
+    if any(folder.is_relative_to(one) for one in own):
         raise ValueError(f"judge={spec!r} is a reward model of this loop: give another one, or api:MODEL")
+    judge = load_judge(spec, timeout=_JUDGE_SECONDS)
+    if not isinstance(judge, RewardSet):
+        judge.check()
 
 
 def _config(loop: OnlineLoop) -> dict[str, Any]:
@@ -126,11 +171,11 @@ def _config(loop: OnlineLoop) -> dict[str, Any]:
 
 
 def _prompts(loop: OnlineLoop, round: Round) -> list[Any]:
-    config, longest = loop.config, loop.longest_prompt(loop.answer_tokens)
-    rows = prompts_of(loop.judged(round.held_out), config.eval_prompts, longest)
+    config = loop.config
+    rows, _ = loop.prompts(loop.judged(round.held_out), config.eval_prompts, loop.answer_tokens)
     if len(rows) < config.eval_prompts:
         known = [row["prompt"] for row in rows]
-        more = prompts_of(loop.judged(round.votes), config.eval_prompts, longest)
+        more, _ = loop.prompts(loop.judged(round.votes), config.eval_prompts, loop.answer_tokens)
         rows += [row for row in more if row["prompt"] not in known]
     if not rows:
         raise NothingToLearn(
@@ -140,13 +185,21 @@ def _prompts(loop: OnlineLoop, round: Round) -> list[Any]:
 
 
 def _preference(
-    loop: OnlineLoop, policy: Any, tokenizer: Any, rows: list[dict[str, Any]], serving: str
+    loop: OnlineLoop, policy: Any, tokenizer: Any, all_rows: list[dict[str, Any]], serving: str
 ) -> dict[str, Any]:
-    if not rows:
-        return {}
+    room = loop.longest_prompt(1)
+    fitting = [
+        row for row in all_rows if room is None or len(encode_prompt(tokenizer, row["prompt"])) <= room
+    ]
+    if not fitting:
+        return {"pairs": 0, "pairs_dropped": len(all_rows)}
     reference, _ = load_version(serving, loop.device)
-    found = preference_accuracy(policy, tokenizer, load_rows(rows), reference=reference)
-    return {"preference": found.accuracy[IMPLICIT]._asdict(), "pairs": found.pairs}
+    rows = [{**row, "unit": unit_of(row["user"], row["prompt"])} for row in fitting]
+    found = preference_accuracy(
+        policy, tokenizer, load_rows(rows), reference=reference, max_length=loop.positions, together="unit"
+    )
+    dropped = len(all_rows) - found.pairs
+    return {"preference": found.accuracy[IMPLICIT]._asdict(), "pairs": found.pairs, "pairs_dropped": dropped}
 
 
 def _rewards(
@@ -170,7 +223,7 @@ def _judged(
     spec = loop.config.judge
     if spec is None:
         return {}
-    judge = load_judge(spec, timeout=300.0)
+    judge = load_judge(spec, timeout=_JUDGE_SECONDS)
     ours, theirs = (_texts(prompts, sides[side]) for side in ("candidate", "serving"))
     if isinstance(judge, RewardSet):
         scores = [judge.score(prompts, texts, {}).rewards_N.numpy() for texts in (ours, theirs)]

@@ -6,27 +6,31 @@
 
 A folder is made under .runs, synced and renamed; then the store is told. A process that dies at any moment leaves a
 version whole or not there, and what it had done is found again by the run's id in the manifest.
+
+Where votes are deleted while they are trained on, what is made of them never becomes a version: the store takes none that
+has learned from what is gone, and the training begins anew without it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from alignfast.online.server.versions import weights_hash
 from alignfast.online.store import Store, Version
+from alignfast.online.store.uses import Forgotten, Learned
 from alignfast.online.store.versions import VersionKind
 from alignfast.trainers import checkpoint
 from alignfast.trainers.checkpoint import sha256
 
 MANIFEST = "manifest.json"
-_RUNS, _KEY = ".runs", "of.sha256"
+_RUNS, _OF = ".runs", "of.json"
 
 
 def work_folder(output_dir: Path, run: str) -> Path:
@@ -34,28 +38,33 @@ def work_folder(output_dir: Path, run: str) -> Path:
     return output_dir / _RUNS / run
 
 
-def begin_work(folder: Path, of: Any) -> bool:
+def begin_work(folder: Path, learned: Learned, how: Mapping[str, Any]) -> bool:
     """Make the folder of a training, or find what an interrupted one has left there.
 
     Args:
         folder: under `work_folder`.
-        of: what it trains on and how, as JSON can hold it; what was left of anything else (votes were deleted meanwhile, an
-            option was changed) is removed.
+        learned: what it trains on.
+        how: with which options, from which model, as JSON can hold it. What was left of another training (votes were
+            deleted meanwhile, an option was changed) is removed.
 
     Returns:
         Whether there is a checkpoint to go on from.
     """
-    key = hashlib.sha256(json.dumps(of, sort_keys=True, default=str).encode()).hexdigest()
-    file = folder / _KEY
-    if folder.exists() and (not file.is_file() or file.read_text() != key):
+    of = json.dumps({"learned": asdict(learned), "how": how}, sort_keys=True, default=str)
+    file = folder / _OF
+    if folder.exists() and (not file.is_file() or file.read_text() != of):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(key)
-    shutil.rmtree(folder / "model", ignore_errors=True)  # whole or half, it is made again
+    file.write_text(of)
     goes_on = checkpoint.find_newest(folder / "checkpoints", lambda text: None) is not None
     if not goes_on:  # a first one that is half written is none
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return goes_on
+
+
+def learned_from(folder: Path) -> Learned:
+    """What the training in a folder was begun with."""
+    return Learned(**json.loads((folder / _OF).read_text())["learned"])
 
 
 def clear_work(output_dir: Path, run: str) -> None:
@@ -96,6 +105,7 @@ def made_by(folder: Path, run: str) -> dict[str, Any] | None:
 
 def publish(
     store: Store,
+    work: Path,
     model: Path,
     output_dir: Path,
     name: str,
@@ -110,7 +120,8 @@ def publish(
 
     Args:
         store: that shall know it.
-        model: folder with model and tokenizer, under `work_folder`; gone afterwards.
+        work: folder of the training, which `begin_work` made.
+        model: folder in it with model and tokenizer; gone afterwards.
         output_dir: of all versions.
         name: of the version.
         kind: what it holds.
@@ -120,6 +131,7 @@ def publish(
         figures: that its making measured.
 
     Raises:
+        Forgotten: votes that it has learned from were deleted; the version is gone, and must be made anew without them.
         ValueError: the name is another run's, or the model's folder holds no weights.
     """
     final = output_dir / name
@@ -138,8 +150,14 @@ def publish(
         os.replace(model, final)
         _sync(output_dir)
     if name not in {version.name for version in store.versions.all()}:
-        store.versions.add(name, kind, str(final), manifest["hash"], parents=parents)
-    store.versions.set_figures(name, manifest["figures"])
+        made = Version(
+            name, kind, str(final), manifest["hash"], tuple(parents), time.time(), "candidate", figures=manifest["figures"]
+        )  # fmt: skip
+        try:
+            store.publish(made, learned_from(work))
+        except Forgotten:
+            shutil.rmtree(final)
+            raise
     return store.versions.get(name)
 
 

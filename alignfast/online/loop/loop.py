@@ -8,12 +8,11 @@ Before a stage begins, the store knows the round's state; what a stage does it c
 their checkpoints, folders and rows are made once, by names that follow from the round's number. So a learner that is
 killed at any moment goes on when it is started again, and what serves is the last promoted version all the while.
 
-One learner at a time works on an output_dir: a lock on a file in it, which the system takes back from the dead.
+One learner at a time works on a database, and on an output_dir: locks, which the system takes back from the dead.
 """
 
 from __future__ import annotations
 
-import fcntl
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,21 +21,24 @@ from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from alignfast.models import load_policy
+from alignfast.models import load_policy, load_tokenizer
 from alignfast.online.feedback import Judged
 from alignfast.online.loop.config import ANSWER_TOKENS, OnlineConfig
-from alignfast.online.loop.evaluate import check_judge, evaluate_candidate
+from alignfast.online.loop.evaluate import check_judges, evaluate_candidate
 from alignfast.online.loop.folders import clear_work
 from alignfast.online.loop.gate import pass_gate
 from alignfast.online.loop.policy import learn_policy
-from alignfast.online.loop.reward import learn_reward
+from alignfast.online.loop.reward import learn_reward, says_something
 from alignfast.online.loop.round import STAGES, NothingToLearn, Round
 from alignfast.online.loop.serve import duel, promote, watch
-from alignfast.online.loop.votes import first_of_each, is_held_out
+from alignfast.online.loop.votes import Rows, first_of_each, is_held_out, prompts_of
 from alignfast.online.server.versions import first_version
 from alignfast.online.store import Run, Store, Version
+from alignfast.online.store.lock import locked, one_learner
 from alignfast.online.voters import distinct
+from alignfast.rollout.prompts import encode_prompt
 
 Step: TypeAlias = Literal["next", "wait", "end"]
 
@@ -104,12 +106,12 @@ class OnlineLoop:
             The round as it stands.
 
         Raises:
-            RuntimeError: another learner is at work here.
+            LearnerAtWork: another one is, on this database or this folder.
             ValueError: no version serves and no model is given, or a stage can't do its work.
         """
         with self._alone():
             self.begin()
-            check_judge(self)
+            check_judges(self)
             while True:
                 run = self._run()
                 round = Round.from_dict(run.state)
@@ -130,14 +132,31 @@ class OnlineLoop:
     def _run(self) -> Run:
         unfinished = self.store.runs.unfinished()
         if unfinished:
-            return unfinished[0]
+            return self._in_this_folder(unfinished[0])
         serving = self.store.versions.serving()
         assert serving is not None
         names = {one.name for one in self.store.versions.all()}
         number = 1 + len(self.store.runs.all())
         while {f"reward-{number}", f"policy-{number}"} & names:
             number += 1
-        return self.store.runs.start(STAGES[0], Round(number, serving.name).to_dict())
+        begun = Round(number, serving.name, folder=str(self.config.folder))
+        return self.store.runs.start(STAGES[0], begun.to_dict())
+
+    def _in_this_folder(self, run: Run) -> Run:
+        """A run that is under way, where this loop can go on with it.
+
+        Raises:
+            ValueError: its models lie elsewhere.
+        """
+        round = Round.from_dict(run.state)
+        if run.stage == STAGES[0]:  # nothing is made yet
+            return replace(run, state=replace(round, folder=str(self.config.folder)).to_dict())
+        if round.folder != str(self.config.folder):
+            raise ValueError(
+                f"round {round.number} is under way ({run.stage}) with output_dir={round.folder}, and this is "
+                f"{self.config.folder}: go on there, where its models are"
+            )
+        return run
 
     def _advance(self, run: Run, round: Round) -> Step:
         """Stage after stage, until one waits or ends the round."""
@@ -162,14 +181,9 @@ class OnlineLoop:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        self.config.folder.mkdir(parents=True, exist_ok=True)
-        with (self.config.folder / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise RuntimeError(
-                    f"another learner is at work on {self.config.folder}; `alignfast online status` says how far it is"
-                ) from error
+        folder = self.config.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        with one_learner(self.store.engine), locked(folder / ".lock", str(folder)):
             yield
 
     # What stages ask for
@@ -227,6 +241,20 @@ class OnlineLoop:
             )
         return asked or (ANSWER_TOKENS if positions is None else min(ANSWER_TOKENS, positions // 2))
 
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of the start policy, and so of all that come from it."""
+        return load_tokenizer(None, self.start_policy().path)
+
+    def prompts(self, judged: Sequence[Judged], most: int, answer_tokens: int) -> Rows:
+        """Prompts of votes that leave room for an answer; see `votes.prompts_of`."""
+        return prompts_of(
+            judged,
+            most,
+            longest=self.longest_prompt(answer_tokens),
+            tokens_of=lambda prompt: len(encode_prompt(self.tokenizer, prompt)),
+        )
+
     def longest_prompt(self, answer_tokens: int) -> int | None:
         """Tokens of a prompt that leaves room for an answer; None: any number."""
         return None if self.positions is None else self.positions - answer_tokens
@@ -245,7 +273,10 @@ class OnlineLoop:
 
 
 def collect(loop: OnlineLoop, run: Run, round: Round) -> Step:
-    """Enough votes, or enough time: then these votes are the round's, whatever comes later."""
+    """Enough votes, or enough time: then these votes are the round's, whatever comes later.
+
+    Votes that teach nothing are waited with, for others: a round of them would end where it began.
+    """
     config, before = loop.config, loop.reward_model()
     kinds: Any = config.kinds
     number = loop.store.unused(None if before is None else before.name, kinds)
@@ -255,10 +286,20 @@ def collect(loop: OnlineLoop, run: Run, round: Round) -> Step:
         return "wait"
     used = set() if before is None else loop.used(before)
     votes = [vote for vote in loop.store.votes(kinds=kinds) if vote.id not in used]
-    judged, round.beyond = first_of_each(loop.store.judged(votes), config.votes_per_user)
-    held = [is_held_out(one, config.held_out, config.held_out_by, config.seed) for one in judged]
-    round.votes = [one.vote.id for one, out in zip(judged, held) if not out]
-    round.held_out = [one.vote.id for one, out in zip(judged, held) if out]
+    judged, beyond = first_of_each(loop.store.judged(votes), config.votes_per_user)
+    sides: dict[bool, list[Judged]] = {True: [], False: []}
+    for one in judged:
+        sides[is_held_out(one, config.held_out, config.held_out_by, config.seed)].append(one)
+    if not says_something(sides[False], config.feedback):
+        why = (
+            "all are held out"
+            if not sides[False]
+            else "none says anything of an answer that has a word in it"
+        )
+        loop.say(f"round {round.number}: {len(judged)} votes, of which {why}; it waits for others")
+        return "wait"
+    round.beyond = beyond
+    round.votes, round.held_out = ([one.vote.id for one in sides[out]] for out in (False, True))
     serving = loop.store.versions.serving()
     assert serving is not None
     round.serving = serving.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from alignfast.online.loop.folders import begin_work, made_by, publish, work_fol
 from alignfast.online.loop.round import NothingToLearn, Round
 from alignfast.online.loop.votes import is_held_out
 from alignfast.online.store import Run
+from alignfast.online.store.uses import Forgotten, Learned
 
 if TYPE_CHECKING:
     from alignfast.online.loop.loop import OnlineLoop
@@ -31,42 +33,55 @@ def learn_reward(loop: OnlineLoop, run: Run, round: Round) -> None:
     store, config, name = loop.store, loop.config, round.reward_name
     work = work_folder(config.folder, run.id) / "reward"
     before = loop.reward_model()  # itself, where a kill came after its promotion
-    if made_by(config.folder / name, run.id) is None:
-        found = _update(loop, round, work)
-    else:
-        found = RewardUpdate(work / "model", {})
-    publish(
-        store, found.folder, config.folder, name, "reward", run=run.id,
-        parents=[before.name] if before is not None and before.name != name else [],
-        config=config.reward_options, figures=found.figures,
-    )  # fmt: skip
-    store.use_for(name, ids=[*round.votes, *round.held_out, *round.beyond], fresh=False, replaced=True)
+    while True:
+        if made_by(config.folder / name, run.id) is None:
+            found = _update(loop, round, work)
+        else:
+            found = RewardUpdate(work / "model", {})
+        try:
+            publish(
+                store, work, found.folder, config.folder, name, "reward", run=run.id,
+                parents=[before.name] if before is not None and before.name != name else [],
+                config=config.reward_options, figures=found.figures,
+            )  # fmt: skip
+            break
+        except Forgotten as error:
+            loop.say(f"{error}: it is trained anew without them")
     if before is None or before.name != name:
         store.versions.promote(name)
     round.reward = name
+
+
+def says_something(judged: Sequence[Judged], args: FeedbackConfig) -> bool:
+    """Whether votes teach a reward model anything."""
+    kept = weigh(judged, args.vote_limits).kept
+    return bool(said_of(kept, edit_kept=args.edit_kept, implicit_weight=args.implicit_weight))
 
 
 def _update(loop: OnlineLoop, round: Round, work: Path) -> RewardUpdate:
     config, before = loop.config, loop.reward_model()
     start = config.reward_model or loop.start_policy().path if before is None else before.path
     train, held_out = loop.judged(round.votes), loop.judged(round.held_out)
-    args = FeedbackConfig(**config.reward_options)
-    kept = weigh(train, args.vote_limits).kept
-    if not said_of(kept, edit_kept=args.edit_kept, implicit_weight=args.implicit_weight):
+    args = config.feedback
+    if not says_something(train, args):
         raise NothingToLearn(f"none of {len(train)} votes says anything of an answer that has a word in it")
     replay = [] if before is None else _replayable(loop, loop.used(before))
-    ids = [[one.vote.id for one in votes] for votes in (train, held_out, replay)]
-    begin_work(work, [*ids, start, config.reward_options])
+    learned = Learned(
+        votes=[one.vote.id for one in (*train, *held_out, *replay)],
+        seen=[*round.votes, *round.held_out, *round.beyond],
+    )
+    begin_work(work, learned, {"start": start, "options": config.reward_options, "replayed": len(replay)})
     found = update_reward(start, train, held_out, work, config.reward_options, replay)
     return RewardUpdate(_merged(found.folder), found.figures)
 
 
 def _replayable(loop: OnlineLoop, ids: set[str]) -> list[Judged]:
-    """Votes of earlier rounds that were trained on: what is held out stays so."""
+    """Votes of earlier rounds that were trained on: what is held out, or was beyond a voter's number, stays so."""
     config = loop.config
+    beyond = {id for run in loop.store.runs.all() for id in run.state.get("beyond", ())}
     return [
         one
-        for one in loop.judged(sorted(ids))
+        for one in loop.judged(sorted(ids - beyond))
         if not is_held_out(one, config.held_out, config.held_out_by, config.seed)
     ]
 

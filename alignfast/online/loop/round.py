@@ -29,6 +29,7 @@ class Round:
         accepted: what the gate said; None: nothing yet.
         since: when the canary, then the watch, began.
         outcome: in words, once the round is over.
+        folder: of the versions, in which its models are made.
     """
 
     number: int
@@ -42,6 +43,7 @@ class Round:
     accepted: bool | None = None
     since: float | None = None
     outcome: str | None = None
+    folder: str = ""
 
     @property
     def reward_name(self) -> str:

@@ -4,6 +4,13 @@
 
 So a voter stays on one side for ever, and no reward model has seen a vote that another is measured with. Voters of whom
 nothing is known but that they are anonymous are held out prompt by prompt.
+
+What a trainer can't take is left out, and counted by its reason:
+
+    other_text     edits that are another text rather than a better one      (learning/said.py)
+    wordless       rows with an answer of no word: no token could be scored
+    other_format   texts among conversations, or the other way round: whichever are fewer, since no trainer mixes them
+    too_long       prompts that leave no room for an answer
 """
 
 from __future__ import annotations
@@ -11,13 +18,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
-from alignfast.online.feedback import ANONYMOUS, Judged, Shown, voter_of
-from alignfast.online.store.export import ExportFormat, rows_of
+from alignfast.online.feedback import ANONYMOUS, Judged, Prompt, Shown, voter_of
+from alignfast.online.learning.said import is_mended
+from alignfast.online.store.export import ExportFormat, Row, rows_of
 
-Row = TypeVar("Row", bound=dict[str, Any])
+
+class Rows(NamedTuple):
+    """What a trainer can take.
+
+    Attributes:
+        rows: in the trainer's format.
+        left: how many were left out, by the reason.
+    """
+
+    rows: list[Row]
+    left: dict[str, int]
 
 
 def is_held_out(judged: Judged, share: float, by: str = "user", seed: int = 0) -> bool:
@@ -32,8 +51,7 @@ def is_held_out(judged: Judged, share: float, by: str = "user", seed: int = 0) -
     whole = (
         prompt_key(judged.answers[0]) if by == "prompt" or judged.vote.user == ANONYMOUS else judged.vote.user
     )
-    digest = hashlib.sha256(f"{seed}:{whole}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64 < share
+    return _drawn(f"{seed}:{whole}") < share
 
 
 def first_of_each(judged: Sequence[Judged], most: int | None) -> tuple[list[Judged], list[str]]:
@@ -57,17 +75,51 @@ def first_of_each(judged: Sequence[Judged], most: int | None) -> tuple[list[Judg
     return kept, beyond
 
 
+def newest_of_each(judged: Sequence[Judged], most: int) -> list[Judged]:
+    """The newest votes of each voter, in the order in which they came."""
+    return first_of_each(list(reversed(judged)), most)[0][::-1]
+
+
 def prompt_key(shown: Shown) -> str:
     """The same for the same prompt."""
     return json.dumps(shown.prompt, sort_keys=True)
 
 
-def training_rows(judged: Iterable[Judged], format: ExportFormat) -> list[dict[str, Any]]:
+def training_rows(judged: Iterable[Judged], format: ExportFormat, edit_kept: float = 0.5) -> Rows:
     """Votes as rows of one format, all of them plain or all conversational: the larger part of them.
 
-    An answer without a word is in no row: it has no token that a trainer could score.
+    Args:
+        judged: the votes.
+        format: `pairs` or `kto`. A thumb on a conversation is a row of one of its turns, drawn by the vote's id: in the mean
+            each turn weighs as in the reward model's update, and who votes on twenty turns votes once.
+        edit_kept: share of an edit that must be the original's, as the reward model's option says.
     """
-    return alike([row for row in rows_of(judged, format) if all(map(_says_something, row.items()))])
+    votes = list(judged)
+    mended = [one for one in votes if one.vote.kind != "edit" or _is_mended(one, edit_kept)]
+    turns = [_one_turn(one) for one in mended] if format == "kto" else mended
+    found = rows_of(turns, format, with_users=True)
+    spoken = [row for row in found if all(map(_says_something, row.items()))]
+    kept = alike(spoken)
+    left = {
+        "other_text": len(votes) - len(mended),
+        "wordless": len(found) - len(spoken),
+        "other_format": len(spoken) - len(kept),
+    }
+    return Rows(kept, left)
+
+
+def _is_mended(judged: Judged, kept: float) -> bool:
+    return is_mended(judged.answer.text, judged.vote.value, kept)
+
+
+def _one_turn(judged: Judged) -> Judged:
+    at = int(_drawn(judged.vote.id) * len(judged.answers))
+    return replace(judged, answers=judged.answers[at : at + 1])
+
+
+def _drawn(text: str) -> float:
+    """A number in [0, 1), the same for the same text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 
 def _says_something(column: tuple[str, Any]) -> bool:
@@ -77,25 +129,45 @@ def _says_something(column: tuple[str, Any]) -> bool:
 
 
 def alike(rows: Sequence[Row]) -> list[Row]:
-    """Rows whose prompts are texts, or those whose prompts are messages: whichever are more, since no trainer mixes them."""
+    """Rows whose prompts are texts, or those whose prompts are messages: whichever are more."""
     plain = [row for row in rows if isinstance(row["prompt"], str)]
     return (
         plain if 2 * len(plain) >= len(rows) else [row for row in rows if not isinstance(row["prompt"], str)]
     )
 
 
-def prompts_of(judged: Iterable[Judged], most: int, longest: int | None = None) -> list[dict[str, Any]]:
+def prompts_of(
+    judged: Iterable[Judged],
+    most: int,
+    *,
+    longest: int | None = None,
+    tokens_of: Callable[[Prompt], int] | None = None,
+) -> Rows:
     """Rows of the different prompts of votes, the newest first.
 
     Args:
         judged: the votes.
         most: rows.
-        longest: prompts that are known to have more tokens are left out; None keeps all.
+        longest: prompts that have more tokens are left out; None keeps all.
+        tokens_of: counts the tokens of a prompt that came without them, from another program; None keeps those.
     """
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Row] = {}
+    too_long: set[str] = set()
     newest = sorted((shown for one in judged for shown in one.answers), key=lambda shown: -shown.created)
     for shown in newest:
-        if longest is None or len(shown.prompt_ids) <= longest:
-            row = found.setdefault(prompt_key(shown), {"prompt": shown.prompt, "response_ids": []})
-            row["response_ids"].append(shown.id)
-    return alike(list(found.values()))[:most]
+        key = prompt_key(shown)
+        if key in too_long:
+            continue
+        if key not in found and longest is not None and _tokens(shown, tokens_of) > longest:
+            too_long.add(key)
+            continue
+        row = found.setdefault(key, {"prompt": shown.prompt, "response_ids": []})
+        row["response_ids"].append(shown.id)
+    kept = alike(list(found.values()))
+    return Rows(kept[:most], {"too_long": len(too_long), "other_format": len(found) - len(kept)})
+
+
+def _tokens(shown: Shown, tokens_of: Callable[[Prompt], int] | None) -> int:
+    if shown.prompt_ids or tokens_of is None:
+        return len(shown.prompt_ids)
+    return tokens_of(shown.prompt)

@@ -39,8 +39,8 @@ from alignfast.online.store.records import (
     to_vote,
 )
 from alignfast.online.store.redact import Redact, redacted_shown, redacted_vote
-from alignfast.online.store.uses import take_prompts, take_votes, unused_by
-from alignfast.online.store.versions import Runs, Versions
+from alignfast.online.store.uses import Learned, publish_version, take_prompts, take_votes, unused_by
+from alignfast.online.store.versions import Runs, Version, Versions
 from alignfast.online.store.voting import Kept, Request, body_hash, insert_vote
 
 
@@ -328,6 +328,16 @@ class Store:
             if version is not None:
                 where = where & unused_by(connection, version, True)
             return counted(connection, where)
+
+    def publish(self, version: Version, learned: Learned) -> None:
+        """Add a version that the learner has made, with what it has learned from: all of that or nothing.
+
+        Raises:
+            Forgotten: some of what it has learned from was deleted meanwhile, by somebody who was told of the versions
+                that there were; so this one must not be.
+            ValueError: the name is taken, or a parent is unknown.
+        """
+        self.write(lambda connection: publish_version(connection, version, learned))
 
     def use_prompts(self, version: str, response_ids: Sequence[str]) -> None:
         """Remember that a version was trained on fresh answers to the prompts of these responses.

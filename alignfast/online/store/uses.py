@@ -4,13 +4,52 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, Connection, exists, insert, select
 
 from alignfast.online.feedback import Vote
-from alignfast.online.store.records import chunks, present, to_vote
+from alignfast.online.store.records import chunks, matching, present, to_vote
 from alignfast.online.store.tables import feedback, prompt_uses, responses, uses
-from alignfast.online.store.versions import line_of
+from alignfast.online.store.versions import Version, insert_version, line_of
+
+
+class Forgotten(ValueError):
+    """What a version has learned from was deleted while it was made."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a version has learned from, as ids.
+
+    Attributes:
+        votes: that it was trained on or measured with; all must be there still.
+        responses: to whose prompts it wrote fresh answers; likewise.
+        seen: votes that count as used by it, those of them that there are.
+    """
+
+    votes: Sequence[str] = ()
+    responses: Sequence[str] = ()
+    seen: Sequence[str] = ()
+
+
+def publish_version(connection: Connection, version: Version, learned: Learned) -> None:
+    """Keep a new version with what it has learned from; see `Store.publish`.
+
+    Raises:
+        Forgotten: some of that was deleted; the transaction must not be committed.
+        ValueError: as `insert_version`.
+    """
+    for column, ids in ((feedback.c.id, learned.votes), (responses.c.id, learned.responses)):
+        gone = set(ids) - present(connection, column, list(ids))
+        if gone:
+            raise Forgotten(
+                f"{len(gone)} of the {column.table.name} that {version.name} has learned from are deleted"
+            )
+    insert_version(connection, version)
+    anything = matching(None, None, None, None, False)  # also votes that were replaced meanwhile
+    take_votes(connection, version.name, anything, None, learned.seen, False)
+    take_prompts(connection, version.name, learned.responses)
 
 
 def take_votes(

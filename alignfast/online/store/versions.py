@@ -92,22 +92,8 @@ class Versions:
         Raises:
             ValueError: the name is taken, a parent is unknown, or the kind is.
         """
-        if kind not in get_args(VersionKind):
-            raise ValueError(f"a version's kind must be {' or '.join(get_args(VersionKind))}, got {kind!r}")
-        check_id(name, "name", "a version")
         made = Version(name, kind, path, hash, tuple(parents), time.time(), "candidate")
-
-        def work(connection: Connection) -> None:
-            for parent in parents:
-                _get(connection, parent)
-            try:
-                with connection.begin_nested():
-                    row = {**vars(made), "parents": list(parents), "reasons": []}
-                    connection.execute(insert(versions).values(**row))
-            except IntegrityError as error:
-                raise ValueError(f"there is a version {name!r} already; versions never change") from error
-
-        self._store.write(work)
+        self._store.write(lambda connection: insert_version(connection, made))
         return made
 
     def get(self, name: str) -> Version:
@@ -309,6 +295,27 @@ class Runs:
                 raise ValueError(f"there is no run {id!r} under way")
 
         self._store.write(work)
+
+
+def insert_version(connection: Connection, version: Version) -> None:
+    """Keep a new version.
+
+    Raises:
+        ValueError: the name is taken, a parent is unknown, or the kind is.
+    """
+    if version.kind not in get_args(VersionKind):
+        raise ValueError(
+            f"a version's kind must be {' or '.join(get_args(VersionKind))}, got {version.kind!r}"
+        )
+    check_id(version.name, "name", "a version")
+    for parent in version.parents:
+        _get(connection, parent)
+    try:
+        with connection.begin_nested():
+            row = {**vars(version), "parents": list(version.parents), "reasons": list(version.reasons)}
+            connection.execute(insert(versions).values(**row))
+    except IntegrityError as error:
+        raise ValueError(f"there is a version {version.name!r} already; versions never change") from error
 
 
 def line_of(connection: Connection, name: str) -> list[str]:

@@ -15,12 +15,13 @@ from alignfast.online.feedback import Judged, Shown, Vote
 from alignfast.online.learning.gate import Decision
 from alignfast.online.loop import OnlineConfig, OnlineLoop, Round
 from alignfast.online.loop import gate as loop_gate
-from alignfast.online.loop.evaluate import check_judge
+from alignfast.online.loop.evaluate import check_judges
 from alignfast.online.loop.folders import read_manifest
 from alignfast.online.loop.loop import collect
 from alignfast.online.loop.votes import first_of_each
 from alignfast.online.server.versions import weights_hash
 from alignfast.online.store import Store
+from alignfast.online.store.lock import LearnerAtWork
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +118,26 @@ def test_figures_of_a_candidate(store: Store, tmp_path: Path, start: Path) -> No
 
 def test_the_judge_is_not_the_reward_model(store: Store, tmp_path: Path) -> None:
     store.versions.add("reward-1", "reward", str(tmp_path / "reward-1"), "0")
-    loop = make_loop(store, tmp_path, judge=str(tmp_path / "." / "reward-1"))
-    with pytest.raises(ValueError, match="is a reward model of this loop"):
-        check_judge(loop)
+    for own in ("reward-1", "versions/reward-9", "versions/.runs/run-1/reward/model"):
+        loop = make_loop(store, tmp_path, judge=str(tmp_path / "." / own))
+        with pytest.raises(ValueError, match="is a reward model of this loop"):
+            check_judges(loop)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"judge": "online.loop.test_loop:nobody"}, "nobody"),
+        ({"task_suites": {"maths": "no_such_module:f"}}, "the suite 'maths': .*no_such_module"),
+    ],
+)
+def test_judges_that_are_not_there_are_told_before_a_round(
+    store: Store, tmp_path: Path, start: Path, options: dict[str, Any], message: str
+) -> None:
+    serve_start(store, start)
+    with pytest.raises(ValueError, match=message):
+        make_loop(store, tmp_path, **options).run(once=True)
+    assert store.runs.all() == []
 
 
 def test_a_refused_candidate_is_kept_with_the_reasons(store: Store, tmp_path: Path) -> None:
@@ -146,8 +164,45 @@ def test_a_round_waits_for_votes(store: Store, tmp_path: Path, start: Path) -> N
     assert told == ["round 1: 4 of 100 votes"]
     (run,) = store.runs.all()
     assert (run.status, run.stage) == ("running", "collect")
-    with loop._alone(), pytest.raises(RuntimeError, match="another learner is at work"):
+    for folder in ("versions", "others"):  # the database is one, wherever the versions shall lie
+        other = make_loop(store, tmp_path / folder)
+        with loop._alone(), pytest.raises(LearnerAtWork, match="another learner is at work on this database"):
+            other.run(once=True)
+    with Store.open(f"sqlite:///{tmp_path}/second.db") as second:
+        serve_start(second, start)
+        with loop._alone(), pytest.raises(LearnerAtWork, match=r"at work on .*versions"):
+            make_loop(second, tmp_path).run(once=True)
+
+
+def test_a_round_goes_on_in_its_folder(store: Store, tmp_path: Path, start: Path) -> None:
+    serve_start(store, start)
+    loop, elsewhere = make_loop(store, tmp_path), make_loop(store, tmp_path / "elsewhere")
+    loop.run(once=True)
+    moved = elsewhere.run(once=True)  # nothing was made yet
+    assert moved is not None
+    assert moved.folder == str(elsewhere.config.folder)
+    (run,) = store.runs.all()
+    store.runs.to_stage(run.id, "policy", moved.to_dict())
+    with pytest.raises(ValueError, match=r"round 1 is under way \(policy\) with output_dir=.*elsewhere"):
         loop.run(once=True)
+
+
+@pytest.mark.parametrize(("options", "why"), [({"held_out": 0.999}, "held out"), ({}, "says anything")])
+def test_votes_that_teach_nothing_are_waited_with(
+    store: Store, tmp_path: Path, start: Path, options: dict[str, Any], why: str
+) -> None:
+    """However often the learner looks, there is one run."""
+    serve_start(store, start)
+    for i in range(5):
+        store.record_shown(Shown(id=f"a{i}", prompt="the cat", text="a dog" if options else " "))
+        store.add_vote(Vote(response_id=f"a{i}", kind="thumb", value="up", user=f"user-{i}"))
+    told: list[str] = []
+    loop = make_loop(store, tmp_path, **options)
+    loop._say = told.append
+    assert loop.run(once=True) == loop.run(once=True)
+    assert len(store.runs.all()) == 1
+    assert told[0].startswith("round 1: 5 votes, of which ")
+    assert why in told[0]
 
 
 def test_what_a_round_collects(store: Store, tmp_path: Path, start: Path) -> None:
@@ -179,6 +234,9 @@ def test_votes_without_a_row_for_the_method_end_the_round(store: Store, tmp_path
     assert round.outcome is not None
     assert "gives kto a row" in round.outcome
     assert [run.status for run in store.runs.all()] == ["done"]
+    again = loop.run(once=True)  # the reward model has learned from them: they make no second round
+    assert again is not None
+    assert (again.number, again.outcome) == (2, None)
 
 
 def test_answers_leave_room_for_a_prompt(store: Store, tmp_path: Path, start: Path) -> None:
@@ -235,7 +293,10 @@ def test_options_come_from_a_file(
     assert main(["online", "--config", str(file), "--once", "--method", "ppo"]) == 1
     assert "num_generations" in capsys.readouterr().err
     assert main(["online", "--config", str(file), "--once", "--gate.max_length_ratio", "0.5"]) == 1
-    assert "got max_kl=0.5 and max_length_ratio=0.5" in capsys.readouterr().err  # beside the file's max_kl
+    assert "gate: max_length_ratio must be at least 1, got 0.5" in capsys.readouterr().err
+    file.write_text(yaml.safe_dump({**options, "gate": {"max_kl": -1}}))
+    assert main(["online", "--config", str(file), "--once", "--gate.max_length_ratio", "2"]) == 1
+    assert "gate: max_kl must be above 0, got -1" in capsys.readouterr().err  # the file's, beside the other
 
 
 @pytest.mark.parametrize(
@@ -243,12 +304,22 @@ def test_options_come_from_a_file(
     [
         ({"min_votes": 0}, "min_votes must be at least 1"),
         ({"method": "sft"}, "method must be one of grpo, ppo, dpo, kto"),
-        ({"method": "ppo", "logged_answers": True}, "only grpo has them"),
+        ({"method": "ppo", "logged_answers": True}, "logged_answers is an option of grpo, and"),
         ({"kinds": ["stars"]}, "kinds must be some of thumb"),
         ({"policy_options": {"output_dir": "x"}}, "policy_options: output_dir is set by the loop"),
         ({"policy_options": {"epsilon": 0.1}, "method": "dpo"}, "epsilon"),
-        ({"gate": {"max_kl": 0}}, "gate: expected max_kl > 0"),
+        ({"gate": {"max_kl": 0}}, "gate: max_kl must be above 0"),
+        ({"gate": {"max_length_drift": 0.9}}, "gate: max_length_drift must be at least 1"),
         ({"canary_share": 1.5}, "canary_share must be in"),
+        ({"canary_margin": 0.5}, "canary_margin must be in"),
+        ({"votes_per_user": 0.5}, "votes_per_user must be a whole number"),
+        ({"method": "dpo", "max_logged_kl": 1.0}, "max_logged_kl is an option of grpo with logged answers"),
+        ({"logged_answers": False, "max_age": 3}, "max_age is an option of dpo, kto and grpo with logged"),
+        ({"method": "kto", "max_prompts": 3}, "max_prompts is an option of grpo and ppo"),
+        ({"kinds": ["thumb", "implicit"]}, "hints weigh nothing"),
+        ({"task_suites": {"a": "b:c"}, "safety_suites": {"a": "b:d"}}, "both name a: give each its own name"),
+        ({"peft": {"rank": 8}}, "peft: .*rank"),
+        ({"reward_options": {"peft": {"rank": 8}}}, "reward_options.peft: .*rank"),
     ],
 )
 def test_wrong_options_are_told(options: dict[str, Any], message: str) -> None:
