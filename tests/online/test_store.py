@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -16,8 +17,10 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from alignfast.online.feedback import IdempotencyConflict, Shown, TooManyVotes, UnknownResponse, Vote
-from alignfast.online.store import Store, StoreError
+from alignfast.online.store import Store, StoreError, Version
+from alignfast.online.store.lock import LearnerAtWork, one_learner
 from alignfast.online.store.tables import metadata
+from alignfast.online.store.uses import Forgotten, Learned
 
 CHAT = [{"role": "user", "content": "2 + 2?"}]
 
@@ -335,6 +338,65 @@ def test_each_vote_is_used_once_a_version(store: Store) -> None:
     assert store.use_for("other") == [*votes[1:], changed, late]
     with pytest.raises(ValueError, match="there is no version 'rm-3'"):
         store.use_for("rm-3")
+
+
+def test_a_version_is_kept_with_what_it_has_learned_from_or_not_at_all(store: Store) -> None:
+    store.record_shown(*(answer(f"r{i}") for i in range(3)))
+    votes = [store.add_vote(thumb(f"r{i}", user=f"user-{i}")).vote for i in range(3)]
+    ids = [vote.id for vote in votes]
+
+    def made(name: str) -> Version:
+        return Version(name, "policy", f"/{name}", "0", (), 1.0, "candidate", figures={"kl": 0.1})
+
+    learned = Learned(votes=ids[:2], responses=["r0"], seen=[*ids, "gone"])
+    store.publish(made("p1"), learned)
+    assert store.versions.get("p1").figures == {"kl": 0.1}
+    assert store.used_by("p1") == votes
+    with pytest.raises(ValueError, match="there is a version 'p1' already"):
+        store.publish(made("p1"), learned)
+    assert store.delete_user("user-0").versions == ("p1",)
+    with pytest.raises(Forgotten, match="1 of the feedback that p2 has learned from are deleted"):
+        store.publish(made("p2"), learned)
+    with pytest.raises(Forgotten, match="1 of the responses that p2"):
+        store.publish(made("p2"), Learned(responses=["r1", "gone"]))
+    assert [version.name for version in store.versions.all()] == ["p1"]
+    store.publish(made("p2"), Learned(votes=ids[1:2], seen=ids))
+    assert store.used_by("p2") == votes[1:]
+
+
+_LEARN = """
+import sys
+from alignfast.online.store import Store
+from alignfast.online.store.lock import one_learner
+with Store.open(sys.argv[1]) as store, one_learner(store.engine):
+    print("ready", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_one_learner_a_database(store: Store, url: str) -> None:
+    """Until its process is gone, in whichever way."""
+    command = [sys.executable, "-c", _LEARN, url]
+    for ends in ("killed", "done"):
+        other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert other.stdout is not None
+        assert other.stdout.readline() == "ready\n"
+        with (
+            pytest.raises(LearnerAtWork, match="another learner is at work on this database"),
+            one_learner(store.engine),
+        ):
+            pass
+        if ends == "killed":
+            other.kill()
+        other.communicate("\n")
+        until = time.monotonic() + 10
+        while True:  # the server notices a dead client when it likes
+            try:
+                with one_learner(store.engine):
+                    break
+            except LearnerAtWork:
+                assert time.monotonic() < until
+                time.sleep(0.05)
 
 
 _CLAIM = """

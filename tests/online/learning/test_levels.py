@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import random
 
 import numpy as np
 import pytest
 import torch
 
+from alignfast.losses import verdict_loss
 from alignfast.online.learning.levels import fit_levels, fit_ties
+from alignfast.online.learning.said import Said
+from alignfast.online.learning.trainer import FeedbackConfig, _Shared
 
 
 def test_levels_and_offsets_are_where_the_objective_is_least() -> None:
@@ -42,6 +46,38 @@ def test_who_is_pleased_by_all_is_taken_to_be_like_the_others_at_first() -> None
 
     assert 0 > offset(1) > offset(5) > offset(100) > -6
     assert offset(1) > -0.5
+
+
+def test_levels_are_where_the_loss_of_training_is_least() -> None:
+    """Each vote at its weight there: a rating of four levels is one vote, as a thumb is, and a contrary user's weighs less."""
+    draw = random.Random(0)
+    said: dict[int, Said] = {}
+    for number in range(400):
+        thumb, user = draw.random() < 0.5, f"user-{number % 8}"
+        above = (draw.random() < 0.7,) if thumb else tuple(draw.randint(1, 5) > k for k in range(1, 5))
+        said[number] = Said("thumb" if thumb else "rating", "a", ("b",), above=above, user=user)
+    seen = {number: [draw.gauss(0, 1)] for number in said}
+    weights = {number: 0.25 if one.user == "user-3" else 1.0 for number, one in said.items()}
+    found = _Shared.fit(said, weights, seen, FeedbackConfig(output_dir="unused", voter_prior=0.7))
+    rewards = [torch.tensor([seen[number]], dtype=torch.float64) for number in said]
+    weight_N = torch.tensor(list(weights.values()), dtype=torch.float64)
+    moved = torch.zeros(8, dtype=torch.float64, requires_grad=True)  # every user's offset
+    cuts = {number: torch.tensor(cut, dtype=torch.float64) for number, cut in found.cuts.items()}
+    loss = torch.zeros((), dtype=torch.float64)
+    for number, one in said.items():
+        cut_NK = (cuts[number] + moved[number % 8])[None]
+        above_NK = torch.tensor([one.above])
+        loss = loss + weight_N[number] * verdict_loss(rewards[number], above_NK, cut_NK)[0, 0]
+    loss.backward()
+    assert moved.grad is not None
+    # At the least of the whole this is -b / prior^2, of offsets b that sum to nothing.
+    offset_V = -moved.grad * 0.7**2
+    assert abs(offset_V.sum()) < 0.01
+    once = [
+        next(n for n, of in said.items() if of.user == f"user-{v}" and of.kind == "thumb") for v in range(8)
+    ]
+    apart_V = torch.stack([cuts[number][0] for number in once])
+    assert torch.allclose(apart_V - apart_V.mean(), offset_V - offset_V.mean(), atol=0.01)
 
 
 def test_as_many_ties_are_expected_as_there_are() -> None:
