@@ -333,7 +333,8 @@ def test_each_vote_is_used_once_a_version(store: Store) -> None:
     # replay: current votes that the line has used, by name, each once; the replaced one is not among them
     asked = [vote.id for vote in (votes[2], votes[0], votes[1])]
     assert store.use_for("rm-2", ids=asked) == []
-    assert store.use_for("rm-2", ids=asked, fresh=False) == [votes[1], votes[2]]
+    many = [*asked, *(f"gone-{i}" for i in range(3000)), *asked]  # more than one statement asks for
+    assert store.use_for("rm-2", ids=many, fresh=False) == [votes[1], votes[2]]
     assert store.use_for("rm-2", ids=asked, fresh=False) == []
     assert store.use_for("other") == [*votes[1:], changed, late]
     with pytest.raises(ValueError, match="there is no version 'rm-3'"):

@@ -107,7 +107,7 @@ def _learned(loop: OnlineLoop, round: Round, judged: list[Judged]) -> Learned:
     return Learned(
         votes=votes,
         responses=list(dict.fromkeys(shown.id for one in judged for shown in one.answers)),
-        seen=[*round.votes, *votes] if loop.config.learns_from_votes else (),
+        seen=list(dict.fromkeys([*round.votes, *votes])) if loop.config.learns_from_votes else (),
     )
 
 

@@ -72,7 +72,7 @@ def take_votes(
     else:
         rows = [
             row
-            for some in chunks(ids)
+            for some in chunks(dict.fromkeys(ids))  # named twice, taken once
             for row in connection.execute(statement.where(feedback.c.id.in_(some)))
         ]
         rows = sorted(rows, key=lambda row: row.seq)[:limit]
