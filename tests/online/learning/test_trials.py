@@ -2,6 +2,8 @@
 
 A candidate has a share of wins before people, p, and figures as an evaluation finds them: 200 held-out pairs and 64 judged
 answers, which agree with people. 500 voters at most come to the canary, and each one's first vote counts.
+
+Policies that are hacked by training, before measurement, gate and duels of the loop itself: tests/online/loop/test_hacked.py.
 """
 
 from __future__ import annotations

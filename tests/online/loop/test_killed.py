@@ -64,19 +64,28 @@ def check_serving(store: Store, expected: set[str]) -> None:
     assert weights_hash(Path(serving.path)) == serving.hash
 
 
-def check_uses(store: Store, votes: list[str]) -> None:
-    """Every vote in one reward model and in one policy's training or measuring."""
+def check_uses(store: Store, votes: list[str], refused: bool) -> None:
+    """Every vote in one reward model, and in the training or measuring of one policy that serves, or of each refused one."""
     used = [one.id for version in store.versions.all("reward") for one in store.used_by(version.name)]
     assert sorted(used) == sorted(votes)
-    trained = [one.id for version in store.versions.all("policy") for one in store.used_by(version.name)]
+    policies = store.versions.all("policy")[-1:] if refused else store.versions.all("policy")
+    trained = [one.id for version in policies for one in store.used_by(version.name)]
     held_out = {id for run in store.runs.all() for id in run.state["held_out"]}
     assert sorted(trained) == sorted(set(votes) - held_out)
 
 
-def rounds_of_kills(tmp_path: Path, moments: Iterable[list[int]]) -> list[str]:
+def rounds_of_kills(
+    tmp_path: Path, moments: Iterable[list[int]], refused: bool = False, **options: Any
+) -> list[str]:
     """Rounds whose learner is killed at each of a round's moments, then left to end; hashes of what it made.
 
     A moment that a round does not have ends it all.
+
+    Args:
+        tmp_path: folder of all.
+        moments: of each round.
+        refused: whether each round ends with a candidate that is refused.
+        **options: of the loop.
     """
     url, folder = f"sqlite:///{tmp_path}/feedback.db", tmp_path / "versions"
     start = make_start(tmp_path / "start")
@@ -87,16 +96,21 @@ def rounds_of_kills(tmp_path: Path, moments: Iterable[list[int]]) -> list[str]:
             before, over = "start", False
             for number, kills in enumerate(moments, 1):
                 votes += [one.id for one in vote(store, ask(store, 6, seed=number))]
+                after = before if refused else f"policy-{number}"
                 for moment in kills:
-                    ended = learns.run(moment, db=url, output_dir=str(folder))
+                    ended = learns.run(moment, db=url, output_dir=str(folder), **options)
                     over = ended == 0
                     assert over or ended == -signal.SIGKILL
-                    check_serving(store, {before, f"policy-{number}"})
+                    check_serving(store, {before, after})
                 if not over:
-                    assert learns.run(NEVER, db=url, output_dir=str(folder)) == 0
-                before = f"policy-{number}"
+                    assert learns.run(NEVER, db=url, output_dir=str(folder), **options) == 0
+                before = after
                 check_serving(store, {before})
-                check_uses(store, votes)
+                check_uses(store, votes, refused)
+                if refused:
+                    made = store.versions.get(f"policy-{number}")
+                    assert (made.status, len(made.reasons)) == ("refused", 1)
+                    assert store.versions.canary() is None
                 assert list((folder / ".runs").iterdir()) == []
                 if over:
                     break
@@ -104,17 +118,35 @@ def rounds_of_kills(tmp_path: Path, moments: Iterable[list[int]]) -> list[str]:
         return [version.hash for version in store.versions.all()]
 
 
+GRPO = {
+    "method": "grpo",
+    "policy_options": {**FAST["policy_options"], "num_generations": 4, "save_steps": 1},
+}
+DUELS = {"canary_share": 0.5, "canary_seconds": 0.0, "watch_seconds": 3600.0}  # nobody votes: it is refused
+
+
 def test_a_killed_learner_goes_on(tmp_path: Path) -> None:
     rounds_of_kills(tmp_path, [[3, 9]])
 
 
+def test_a_killed_learner_goes_on_with_logged_answers(tmp_path: Path) -> None:
+    rounds_of_kills(tmp_path, [[3, 14]], **GRPO)
+
+
+def test_a_canary_whose_learner_is_killed_is_refused_once(tmp_path: Path) -> None:
+    rounds_of_kills(tmp_path, [[20], [23, 25]], refused=True, **DUELS)
+
+
 @pytest.mark.slow
-def test_kills_at_every_moment(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, GRPO, {"refused": True, **DUELS}], ids=["dpo", "grpo", "refused in the canary"]
+)
+def test_kills_at_every_moment(tmp_path: Path, options: dict[str, Any]) -> None:
     """Of a round, one after the other; the versions are those of a learner that nobody killed."""
     (tmp_path / "killed").mkdir()
     (tmp_path / "left").mkdir()
-    killed = rounds_of_kills(tmp_path / "killed", ([n] for n in itertools.count(1)))
+    killed = rounds_of_kills(tmp_path / "killed", ([n] for n in itertools.count(1)), **options)
     rounds = len(killed) // 2
     print(f"{rounds - 1} kills")
     assert rounds > 30
-    assert killed == rounds_of_kills(tmp_path / "left", [[] for _ in range(rounds)])
+    assert killed == rounds_of_kills(tmp_path / "left", [[] for _ in range(rounds)], **options)

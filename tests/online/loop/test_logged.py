@@ -10,6 +10,7 @@ import pytest
 import torch
 from online.loop.filled import TINY, ask, make_start, serve_start
 from trainers.tiny import make_llama, make_tokenizer
+from transformers import TrainerCallback
 
 from alignfast.models import Policy, load_policy
 from alignfast.online.feedback import Judged, Shown, Vote
@@ -91,15 +92,41 @@ def test_answers_of_a_policy_far_away_are_left_out(votes: list[Judged]) -> None:
     assert (kept, figures["answers"], figures["too_far"]) == ([], 0, 12)
 
 
+def make_trainer(groups: list[Any], folder: Path, **options: Any) -> LoggedGRPOTrainer:
+    return LoggedGRPOTrainer(
+        make_llama(8, initializer_range=0.5), lambda completions, **_: [float(len(c)) for c in completions],
+        logged=groups, train_dataset=[{"prompt": "the cat"}, {"prompt": "a dog"}], processing_class=make_tokenizer(),
+        output_dir=str(folder / "run"), num_generations=4, per_device_train_batch_size=4, late_max_age=0,
+        max_completion_length=6, report_to="none", **{**TINY, **options},
+    )  # fmt: skip
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> Any:
+        control.should_training_stop = state.global_step == 2
+        return control
+
+
+def test_a_run_that_goes_on_takes_each_logged_group_once(votes: list[Judged], tmp_path: Path) -> None:
+    """To the weights of one that was not interrupted."""
+    groups, _ = logged_groups(votes, {"start": 0}, size=4)
+    options: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-3}
+    whole = make_trainer(groups, tmp_path / "whole", **options)
+    whole.train()
+    half = make_trainer(groups, tmp_path / "half", **options)
+    half.add_callback(Stop())
+    half.train()
+    rest = make_trainer(groups, tmp_path / "half", **options)
+    rest.train(resume_from_checkpoint=True)
+    assert rest.state.global_step == 4
+    for name, expected in whole.model.state_dict().items():
+        assert torch.equal(rest.model.state_dict()[name], expected), name
+
+
 def test_logged_groups_join_the_draw_with_truncated_ratios(votes: list[Judged], tmp_path: Path) -> None:
     """Under another policy than that which wrote them; and their advantages are those of their rewards."""
     groups, _ = logged_groups(votes, {"start": 0}, size=4)
-    trainer = LoggedGRPOTrainer(
-        make_llama(8, initializer_range=0.5), lambda completions, **_: [float(len(c)) for c in completions],
-        logged=groups, train_dataset=[{"prompt": "the cat"}, {"prompt": "a dog"}], processing_class=make_tokenizer(),
-        output_dir=str(tmp_path / "run"), max_steps=2, num_generations=4, per_device_train_batch_size=4, late_max_age=0,
-        max_completion_length=6, report_to="none", save_strategy="no", **TINY,
-    )  # fmt: skip
+    trainer = make_trainer(groups, tmp_path, max_steps=2, save_strategy="no")
     trainer.train()
     drawn = trainer.experience  # of the last draw: the second half of the groups
     assert len(drawn.trees) == 4 + 3 * 4

@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from online.learning.test_trials import canary_passes
 
 from alignfast.cli import main
 from alignfast.online.feedback import Shown, Vote
@@ -93,6 +95,21 @@ def test_a_candidate_that_does_not_win_is_refused(
     assert round.outcome is not None
     assert reason in round.outcome
     assert duel(loop, run, round) == "end"  # after a kill before the round was ended
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_duels_end_as_the_trials_say(store: Store, tmp_path: Path, seed: int) -> None:
+    """Looked at after every vote: `canary_passes`, by which thousands of trials are counted, is the stage itself."""
+    p = (0.5, 0.65, 0.8, 0.35)[seed]
+    passes = canary_passes(np.random.default_rng(seed), p, voters=60)
+    wins = np.random.default_rng(seed).random(60) < p
+    loop, run, round = make(store, tmp_path, canary_voters=60)
+    for i, won in enumerate(wins):
+        duels(store, [bool(won)], first=i)
+        step = duel(loop, run, round)
+        if step != "wait":
+            break
+    assert (step == "next") == passes
 
 
 def test_a_candidate_is_not_promoted_over_what_it_was_not_compared_with(store: Store, tmp_path: Path) -> None:
