@@ -32,7 +32,7 @@ COMMANDS = {
     "feedback": ("feedback", "votes of people: export, import, stats, expire, delete-user"),
     "keys": ("keys", "API keys of the server: make, list, revoke"),
     "report": ("report", "one HTML page of a run"),
-    "bench": ("bench", "each op beside its peers on this machine: tables and plots"),
+    "bench": ("bench", "the ops of training and sampling beside their peers: tables and plots"),
     "doctor": ("doctor", "health of the installation, or of a run"),
 }
 USAGE, USER_ERROR = 2, 1

@@ -71,7 +71,7 @@ def advise(found: dict[str, Any]) -> list[str]:
             "pip install . in a copy of the source"
         )
     if found["gpus"] and found["packages"]["triton"] is None:
-        advice.append("there is a GPU and no triton: pip install 'alignfast[triton]'")
+        advice.append("there is a GPU and no triton: pip install '.[triton]' in alignfast's checkout")
     if os.environ.get("ALIGNFAST_BACKEND"):
         advice.append(f"ALIGNFAST_BACKEND={os.environ['ALIGNFAST_BACKEND']} overrides the choice of kernels")
     return advice

@@ -1,6 +1,6 @@
 """The table at the end of a day on a GPU: `python benches/gpu_day.py OUT_DIR`, from rows.jsonl and steps.tsv in it.
 
-Figure, floor, share, peer, verdict of DESIGN.md section 6's GPU table, then every step's outcome, then every figure. Musts
+Figure, floor, share, peer, verdict of the table GOALS, then every step's outcome, then every figure. Musts
 and aims there are an H100's in bfloat16 at 8192 tokens, width 4096, vocabulary 128256, and say nothing of another card.
 """
 

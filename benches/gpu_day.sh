@@ -2,7 +2,7 @@
 # A day on a GPU in one command: benches/gpu_day.sh OUT_DIR [MINUTES [STEP...]]
 #
 # Builds the extension, runs the op tests on the GPU, compute-sanitizer on the CUDA kernels, one case beyond 2^31 elements
-# a kernel, the benches of DESIGN.md section 6, then whole steps and rollouts. The most valuable comes first. Each step has
+# a kernel, the benches of the table GOALS in gpu_day.py, then whole steps and rollouts. The most valuable comes first. Each step has
 # its own limit, cut down in proportion, to a minute at least, where all that are still to come would take longer than what
 # is left of MINUTES (120 by default): what a step leaves over goes to the others. Its log is OUT_DIR/NN-name.log, each
 # figure is in OUT_DIR/rows.jsonl when it is known, and OUT_DIR/summary.md is made anew after each step: so it can be

@@ -37,7 +37,9 @@ def described() -> dict[str, Any]:
         "clocks": _clocks(),
         "load": os.getloadavg()[0],
         "variables": {
-            name: value
+            name: Path(value).name
+            if os.sep in value
+            else value  # whose folders these are is nobody's business
             for name, value in sorted(os.environ.items())
             if name.startswith(("MALLOC_", "OMP_", "ALIGNFAST_B"))
         },

@@ -99,7 +99,7 @@ def test_a_tenth_of_the_votes_is_flipped() -> None:
 
 def test_a_missing_judge_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "afinn", None)
-    with pytest.raises(RuntimeError, match=r"pip install 'alignfast\[quickstart\]'"):
+    with pytest.raises(RuntimeError, match=r"pip install '\.\[quickstart\]'"):
         second_judge()
 
 

@@ -94,7 +94,7 @@ def run_benches(
     files = chosen(folder, names, suite)
     for package in ("pytest", "pytest_benchmark"):
         if importlib.util.find_spec(package) is None:
-            raise RuntimeError(f"{package} is not installed: pip install 'alignfast[bench]'")
+            raise RuntimeError(f"{package} is not installed: pip install '.[bench]' in alignfast's checkout")
     output.mkdir(parents=True, exist_ok=True)
     json_file, left_out_file = output / "results.json", output / "left_out.json"
     for path in (json_file, left_out_file):

@@ -52,7 +52,7 @@ def run(command: str, argv: Sequence[str]) -> None:
     for line in advice:
         console.print(f"{_MARKS['look']} {line}", soft_wrap=True)
     if not advice:
-        console.print(f"{_MARKS['good']} nothing is missing")
+        console.print(f"{_MARKS['good']} everything that is needed is here")
 
 
 def _run_health(folder: Path, as_json: bool, console: Console) -> None:

@@ -16,8 +16,8 @@ class ServeOptions:
     """What is served, where, and what it takes on."""
 
     model: str | None = None
-    """Folder or hub name of the model, or of adapters, in safetensors: what serves first. Once the database says a
-    version that serves, it is that one."""
+    """Folder or hub name of the model, or of adapters, in safetensors: what serves first. Once the database names a
+    version that serves, that one is taken."""
     db: str = "sqlite:///feedback.db"
     """Database of answers, votes, keys and versions: sqlite:///FILE or postgresql://USER@HOST/NAME."""
     host: str = "127.0.0.1"
@@ -72,7 +72,9 @@ def run(command: str, argv: Sequence[str]) -> None:
     (options,) = parse_options(command, argv, ServeOptions)
     missing = [name for name in _NEEDS if find_spec(name) is None]
     if missing:
-        raise ValueError(f"serving needs {', '.join(missing)}: pip install 'alignfast[serve]'")
+        raise ValueError(
+            f"serving needs {', '.join(missing)}: pip install '.[serve]' in alignfast's checkout"
+        )
     import torch
     from rich.console import Console
 

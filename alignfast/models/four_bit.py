@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from alignfast.models.attention import ModelRefused
 
 QUANT_TYPES = ("nf4", "fp4")
-_INSTALL = "pip install 'alignfast[qlora]'"
+_INSTALL = "pip install '.[qlora]' in alignfast's checkout"
 
 
 class FourBit(NamedTuple):

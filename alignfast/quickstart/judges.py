@@ -31,7 +31,7 @@ def _package(name: str) -> Any:
         return import_module(name)
     except ModuleNotFoundError as error:
         raise RuntimeError(
-            f"the quickstart's judges are missing ({error}): pip install 'alignfast[quickstart]'"
+            f"the quickstart's judges are missing ({error}): pip install '.[quickstart]' in alignfast's checkout"
         ) from error
 
 

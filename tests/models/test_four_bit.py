@@ -75,7 +75,7 @@ def make(case: str, model: Any, folder: Any, **options: Any) -> Any:
 def test_without_bitsandbytes_it_is_refused_before_anything_is_loaded(monkeypatch):
     monkeypatch.setattr("alignfast.models.four_bit.find_spec", lambda name: None)
     for load in (load_policy, load_reward_model):
-        with pytest.raises(ValueError, match=r"needs bitsandbytes, .* pip install 'alignfast\[qlora\]'"):
+        with pytest.raises(ValueError, match=r"needs bitsandbytes, .* pip install '\.\[qlora\]'"):
             load("no/such/model", peft_config=LORA, four_bit=FourBit())
     with pytest.raises(ValueError, match="needs bitsandbytes"):
         SFTTrainer("no/such/model", train_dataset=make_rows(2), load_in_4bit=True, peft_config=LORA)

@@ -129,4 +129,4 @@ def test_the_store_says_what_it_is_missing() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
-    assert "pip install 'alignfast[serve]'" in done.stderr
+    assert "pip install '.[serve]'" in done.stderr

@@ -63,7 +63,8 @@ class OnlineConfig:
     reward_model: str | None = None
     """Folder or hub name that the first reward model starts from; None: the start policy with a fresh head."""
     reward_options: dict[str, Any] = field(default_factory=dict)
-    """Options of the reward model's update: those of RewardConfig, and of `alignfast.online.learning.FeedbackConfig`."""
+    """Options of the reward model's update: those of RewardConfig, and of FeedbackConfig in
+    `alignfast.online.learning.trainer`."""
 
     method: str = "grpo"
     """`grpo` or `ppo` on fresh answers to logged prompts; `dpo` or `kto` straight from votes."""

@@ -10,7 +10,7 @@ except ModuleNotFoundError as error:
     if error.name is None or error.name.partition(".")[0] not in ("sqlalchemy", "alembic"):
         raise
     raise RuntimeError(
-        f"the feedback store is missing its database ({error}): pip install 'alignfast[serve]'"
+        f"the feedback store is missing its database ({error}): pip install '.[serve]' in alignfast's checkout"
     ) from error
 
 __all__ = ["Kept", "Key", "Keys", "Run", "Runs", "Store", "StoreError", "Version", "Versions"]

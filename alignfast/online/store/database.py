@@ -86,7 +86,7 @@ def _checked(url: str, create: bool) -> URL:
             import psycopg  # noqa: F401 - looked for, to say how to get it
         except ImportError as error:
             raise StoreError(
-                f"PostgreSQL needs psycopg ({error}): pip install 'alignfast[postgres]'"
+                f"PostgreSQL needs psycopg ({error}): pip install '.[postgres]' in alignfast's checkout"
             ) from error
         return found
     if found.drivername not in ("sqlite", "sqlite+pysqlite"):

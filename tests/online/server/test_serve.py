@@ -96,7 +96,7 @@ def test_missing_packages_are_named(
         "alignfast.commands.serve.find_spec", lambda name: None if name == "uvicorn" else name
     )
     assert main(["serve", "--model", "x"]) == 1
-    assert "serving needs uvicorn: pip install 'alignfast[serve]'" in capsys.readouterr().err
+    assert "serving needs uvicorn: pip install '.[serve]'" in capsys.readouterr().err
 
 
 def test_something_must_serve(
