@@ -7,7 +7,7 @@
 What comes out lies under the run's own folder until it is evaluated; only then is it a version.
 
 Where votes train it themselves, those of refused rounds come again as long as their answers are young enough: nothing that
-serves has learned from them. Of each voter the newest `voter_most` count, an option of the reward model's update.
+serves has learned from them. Nobody outweighs many here either: `voter_most`, an option of the reward model's update.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from alignfast.online.loop.config import NOT_OF_TRAINING, ON_POLICY
 from alignfast.online.loop.folders import begin_work, made_by, work_folder
 from alignfast.online.loop.logged import LoggedGRPOTrainer, logged_groups, within_kl
 from alignfast.online.loop.round import NothingToLearn, Round
-from alignfast.online.loop.votes import is_held_out, newest_of_each, training_rows
+from alignfast.online.loop.votes import is_held_out, outweighing_nobody, training_rows
 from alignfast.online.store import Run
 from alignfast.online.store.uses import Learned
 from alignfast.trainers.dpo import DPOTrainer
@@ -99,7 +99,7 @@ def votes_of_policy(loop: OnlineLoop, round: Round) -> list[Judged]:
         if one.vote.kind in config.kinds
         and not is_held_out(one, config.held_out, config.held_out_by, config.seed)
     ]
-    return newest_of_each(wanted, max(1, int(config.feedback.voter_most)))
+    return outweighing_nobody(wanted, config.feedback.voter_most)
 
 
 def _learned(loop: OnlineLoop, round: Round, judged: list[Judged]) -> Learned:

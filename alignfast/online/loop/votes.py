@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -25,6 +25,9 @@ from typing import Any, NamedTuple
 from alignfast.online.feedback import ANONYMOUS, Judged, Prompt, Shown, voter_of
 from alignfast.online.learning.said import is_mended
 from alignfast.online.store.export import ExportFormat, Row, rows_of
+from alignfast.online.voters import voter_weights
+
+_ROUNDING = 1e-6  # of weights that add up to a whole number of votes
 
 
 class Rows(NamedTuple):
@@ -75,9 +78,27 @@ def first_of_each(judged: Sequence[Judged], most: int | None) -> tuple[list[Judg
     return kept, beyond
 
 
-def newest_of_each(judged: Sequence[Judged], most: int) -> list[Judged]:
-    """The newest votes of each voter, in the order in which they came."""
-    return first_of_each(list(reversed(judged)), most)[0][::-1]
+def outweighing_nobody(judged: Sequence[Judged], most: float) -> list[Judged]:
+    """The newest votes of each voter, as many as weigh what the voter's do in a reward model's update.
+
+    For trainers that weigh no rows: of n_v votes of weight w_v = min(1, most / n_v) stay n_v w_v / max w, and of one voter
+    alone all.
+
+    Args:
+        judged: in the order in which they came, which they keep.
+        most: what all votes of one voter weigh together at most, > 0.
+    """
+    weights = voter_weights([one.vote.user for one in judged], most)
+    left: dict[str, float] = defaultdict(float)
+    for one, weight in zip(judged, weights):
+        left[voter_of(one.vote.user)] += weight / max(weights)
+    kept = []
+    for one in reversed(judged):
+        voter = voter_of(one.vote.user)
+        if left[voter] > _ROUNDING:
+            kept.append(one)
+            left[voter] -= 1
+    return kept[::-1]
 
 
 def prompt_key(shown: Shown) -> str:
