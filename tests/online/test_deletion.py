@@ -11,10 +11,11 @@ import pytest
 from sqlalchemy import func, select, update
 
 from alignfast.online.feedback import Shown, Vote
-from alignfast.online.store import Store, tables
+from alignfast.online.store import Store, Version, tables
 from alignfast.online.store.export import export_rows
 from alignfast.online.store.files import clear_files
 from alignfast.online.store.redact import load_redact
+from alignfast.online.store.uses import Learned
 
 SECRET = "geheimnis"
 
@@ -91,12 +92,11 @@ def test_the_versions_trained_on_it_are_named(store: Store) -> None:
         ("p-0", "policy", []),
         ("p-1", "policy", ["p-0", "rm-1"]),
         ("p-2", "policy", ["p-1"]),
-        ("p-sampled", "policy", ["p-0", "rm-0"]),
     ):
         store.versions.add(name, kind, f"/{name}", name, parents=parents)  # type: ignore[arg-type]
     store.use_for("rm-1")
-    store.use_prompts("p-sampled", ["a1", "b1", "gone"])
-    store.use_prompts("p-sampled", ["a1"])
+    sampled = Version("p-sampled", "policy", "/p-sampled", "0", ("p-0", "rm-0"), time.time(), "candidate")
+    store.publish(sampled, Learned(responses=["a1", "b1"]))
     found = store.delete_user("ada")
     assert sorted(found.versions) == ["p-1", "p-2", "p-sampled", "rm-1", "rm-2"]
     assert [vote.response_id for vote in store.used_by("rm-1")] == ["b1"]

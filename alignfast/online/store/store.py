@@ -39,7 +39,7 @@ from alignfast.online.store.records import (
     to_vote,
 )
 from alignfast.online.store.redact import Redact, redacted_shown, redacted_vote
-from alignfast.online.store.uses import Learned, publish_version, take_prompts, take_votes, unused_by
+from alignfast.online.store.uses import Learned, publish_version, take_votes, unused_by
 from alignfast.online.store.versions import Runs, Version, Versions
 from alignfast.online.store.voting import Kept, Request, body_hash, insert_vote
 
@@ -338,15 +338,6 @@ class Store:
             ValueError: the name is taken, or a parent is unknown.
         """
         self.write(lambda connection: publish_version(connection, version, learned))
-
-    def use_prompts(self, version: str, response_ids: Sequence[str]) -> None:
-        """Remember that a version was trained on fresh answers to the prompts of these responses.
-
-        Raises:
-            ValueError: there is no such version.
-        """
-
-        self.write(lambda connection: take_prompts(connection, version, response_ids))
 
     # Files, deletion, secrets
 

@@ -84,7 +84,7 @@ def take_votes(
 
 
 def take_prompts(connection: Connection, version: str, response_ids: Sequence[str]) -> None:
-    """Note that a version was trained on fresh answers to prompts; see `Store.use_prompts`.
+    """Note that a version was trained on fresh answers to the prompts of these responses.
 
     Raises:
         ValueError: there is no such version.
