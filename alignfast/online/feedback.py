@@ -68,6 +68,9 @@ class TooManyVotes(ValueError):
         super().__init__(message)
         self.retry_after = retry_after
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.retry_after)
+
 
 def new_id(prefix: str) -> str:
     """An id that nobody guesses: 128 random bits after a prefix.

@@ -88,7 +88,7 @@ async def keep(service: Service, body: FeedbackRequest, caller: Caller, key: str
     try:
         # a hook may take its time; without one nothing here waits, and a thread would cost more than the vote
         work = prepare() if service.store.redact is None else await service.in_store(prepare)
-        return await service.store.write_from_loop(work)
+        return await service.store.add_voting(work)
     except UnknownResponse as error:
         if body.episode_id is not None:
             raise ApiError(

@@ -1,26 +1,15 @@
-"""A database to write to so that what is acknowledged stays: connections, schema, and one thread that writes.
+"""A database to write to so that what is acknowledged stays: its connections, its schema, and transactions that write.
 
-    caller 1 --.                       begin
-    caller 2 ---+-> queue -> batch ->  caller 1's statements     -> commit -> every caller of the batch is answered
-    caller 3 --'                       caller 2's statements ...
-
-A commit to disk takes milliseconds, whatever is in it: while one is under way the next batch gathers, and nobody waits
-for more to come. Where one of a batch fails, all of it is done again with a savepoint before each, which costs a third
-of the rate: so what is to be written must give the same when it is begun again. Writers of several processes take turns: SQLite by BEGIN IMMEDIATE, PostgreSQL by an advisory lock, so
-that what a transaction reads stays true until its commit, on both.
+Writers take turns, also those of several processes: SQLite by BEGIN IMMEDIATE, PostgreSQL by an advisory lock, so that
+what a transaction reads stays true until its commit, on both.
 """
 
 from __future__ import annotations
 
-import asyncio
-import os
-import queue
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any
 
 from alembic import command
 from alembic.config import Config
@@ -30,16 +19,9 @@ from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-Result = TypeVar("Result")
-AnyFuture = TypeVar("AnyFuture", Future[Any], asyncio.Future[Any])
-_Asked: TypeAlias = "tuple[Callable[[Connection], Any], Future[Any] | asyncio.Future[Any]]"
-_Answer: TypeAlias = "tuple[Future[Any] | asyncio.Future[Any], Any, BaseException | None]"
-
 _VERSION_TABLE = "schema_version"
-_MAX_BATCH = 256  # callers of one commit
 _PATIENCE_SECONDS = 30  # for another process's write to end
 _LOCK = 0x616C69676E  # "align": the advisory lock's number, one a database
-_STOP = None
 
 
 class StoreError(RuntimeError):
@@ -166,140 +148,3 @@ def migrate(engine: Engine) -> None:
             )
         config.attributes.update(connection=connection, version_table=_VERSION_TABLE)
         command.upgrade(config, "head")
-
-
-class _OneByOne(Exception):
-    """Something in a batch failed before its commit."""
-
-
-class Writer:
-    """The one thread of this process that writes to a database.
-
-    Args:
-        engine: of `connect`.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine, self._pid = engine, os.getpid()
-        self._queue: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
-        self._closed = False
-        self._lock = threading.Lock()  # between a call and the end
-        self._thread = threading.Thread(target=self._run, name="alignfast-store", daemon=True)
-        self._thread.start()
-
-    def write(self, work: Callable[[Connection], Result]) -> Result:
-        """What `work` returns, once all it did is on disk; nothing of it is done if it raises.
-
-        Args:
-            work: its statements, on the connection that it is given; it may be called a second time.
-
-        Raises:
-            StoreError: the store is closed, or was opened before this process was forked.
-        """
-        return self.submit(work).result()
-
-    def submit(self, work: Callable[[Connection], Result]) -> Future[Result]:
-        """`write` without waiting.
-
-        Raises:
-            StoreError: as `write`.
-        """
-        return self._ask(work, Future())
-
-    def submit_from_loop(self, work: Callable[[Connection], Result]) -> asyncio.Future[Result]:
-        """`submit` from a coroutine, whose loop is woken once for all of a batch. To cancel it takes nothing back.
-
-        Raises:
-            StoreError: as `write`.
-        """
-        return self._ask(work, asyncio.get_running_loop().create_future())
-
-    def _ask(self, work: Callable[[Connection], Result], future: AnyFuture) -> AnyFuture:
-        if os.getpid() != self._pid:
-            raise StoreError("a store does not survive a fork: open one in each process")
-        with self._lock:
-            if self._closed:
-                raise StoreError("the store is closed")
-            self._queue.put((work, future))
-        return future
-
-    def close(self) -> None:
-        """End after what was asked for; a second call does nothing."""
-        with self._lock:
-            closed, self._closed = self._closed, True
-        if not closed and os.getpid() == self._pid:
-            self._queue.put(_STOP)
-            self._thread.join()
-
-    def _run(self) -> None:
-        while (first := self._queue.get()) is not _STOP:
-            batch = [first]
-            while len(batch) < _MAX_BATCH and not self._queue.empty():
-                following = self._queue.get()
-                if following is _STOP:
-                    self._queue.put(_STOP)
-                    break
-                batch.append(following)
-            # from here on nobody can cancel: a future that refuses its result would end this thread
-            self._commit([one for one in batch if _begins(one[1])])
-
-    def _commit(self, batch: list[_Asked]) -> None:
-        """One transaction for all, in which each succeeds or fails by itself."""
-        try:
-            with writing(self._engine) as connection:
-                try:
-                    results = [work(connection) for work, _ in batch]
-                except Exception as error:
-                    raise _OneByOne from error
-        except _OneByOne:
-            self._commit_each(batch)
-            return
-        except BaseException as error:  # of the commit, which may have been made: not to be tried again
-            _answer([(future, None, error) for _, future in batch])
-            return
-        _answer([(future, result, None) for (_, future), result in zip(batch, results)])
-
-    def _commit_each(self, batch: list[_Asked]) -> None:
-        """The same with a savepoint before each, to which one that fails goes back."""
-        answers: list[_Answer] = []
-        try:
-            with writing(self._engine) as connection:
-                for work, future in batch:
-                    try:
-                        with connection.begin_nested():
-                            answers.append((future, work(connection), None))
-                    except Exception as error:
-                        answers.append((future, None, error))
-        except BaseException as error:  # no commit: nobody is told that it was one
-            answers = [(future, None, error) for _, future in batch]
-        _answer(answers)
-
-
-def _begins(future: Future[Any] | asyncio.Future[Any]) -> bool:
-    """Whether its work shall still be done; from then on a thread can't cancel it."""
-    return not isinstance(future, Future) or future.set_running_or_notify_cancel()
-
-
-def _answer(answers: Sequence[_Answer]) -> None:
-    """Tell those who wait in threads at once, and those who wait in a loop by one call of it."""
-    in_loops: dict[asyncio.AbstractEventLoop, list[_Answer]] = {}
-    for future, result, error in answers:
-        if not isinstance(future, Future):
-            in_loops.setdefault(future.get_loop(), []).append((future, result, error))
-        elif error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-    for loop, told in in_loops.items():
-        with suppress(RuntimeError):  # the loop has ended, and all that waited in it
-            loop.call_soon_threadsafe(_answer_here, told)
-
-
-def _answer_here(answers: Sequence[_Answer]) -> None:
-    for future, result, error in answers:
-        if future.done():  # who waited has left
-            continue
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)

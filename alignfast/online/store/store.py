@@ -15,6 +15,7 @@ import os
 import secrets as random_secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -22,7 +23,8 @@ from sqlalchemy import ColumnElement, Connection, Engine, insert, select
 
 from alignfast.online.feedback import Judged, Kind, Shown, Vote, check_id, is_storable, storable
 from alignfast.online.store import tables
-from alignfast.online.store.database import Result, Writer, connect, writing
+from alignfast.online.store.apart import Apart
+from alignfast.online.store.database import connect, writing
 from alignfast.online.store.deletion import Deleted, delete_user, expire
 from alignfast.online.store.duels import Duels, find_duels
 from alignfast.online.store.files import FileKind, write_lines
@@ -42,6 +44,7 @@ from alignfast.online.store.redact import Redact, redacted_shown, redacted_vote
 from alignfast.online.store.uses import Learned, publish_version, take_votes, unused_by
 from alignfast.online.store.versions import Runs, Version, Versions
 from alignfast.online.store.voting import Kept, Request, body_hash, insert_vote
+from alignfast.online.store.writer import Result, Writer, commit
 
 
 class Store:
@@ -49,7 +52,7 @@ class Store:
 
     Args:
         engine: of `database.connect`.
-        redact, max_votes, period: see `open`.
+        redact, max_votes, period, apart: see `open`.
 
     Attributes:
         redact: as given.
@@ -74,12 +77,17 @@ class Store:
         redact: Redact | None = None,
         max_votes: int | None = None,
         period: float = 3600,
+        apart: bool = False,
     ) -> None:
         if max_votes is not None and (max_votes < 1 or period <= 0):
             raise ValueError(f"expected max_votes >= 1 and period > 0, got {max_votes} and {period}")
         self.engine, self.redact = engine, redact
         self._limit = None if max_votes is None else (max_votes, period)
-        self._writer = Writer(engine)
+        self._writer = self._vote_writer = Writer(partial(commit, engine))
+        self._apart = None
+        if apart:
+            self._apart = Apart(engine.url.render_as_string(hide_password=False))
+            self._vote_writer = Writer(self._apart.commit)
         self.keys, self.versions, self.runs = Keys(self), Versions(self), Runs(self)
         self.labels = Labels(self)
 
@@ -92,6 +100,7 @@ class Store:
         max_votes: int | None = None,
         period: float = 3600,
         create: bool = True,
+        apart: bool = False,
     ) -> Store:
         """Open a database, make its tables or bring them up to date.
 
@@ -103,15 +112,20 @@ class Store:
             max_votes: votes that one user may give in a period; None: any number.
             period: of that, in seconds.
             create: make SQLite's file where there is none.
+            apart: have votes written by a process of its own, some 50 MB, for a server that takes many; see `apart`.
 
         Raises:
             StoreError: the database can't be used, is not there, or is of a later alignfast.
             ValueError: a limit is out of range.
         """
-        return cls(connect(url, create), redact=redact, max_votes=max_votes, period=period)
+        engine = connect(url, create)
+        return cls(engine, redact=redact, max_votes=max_votes, period=period, apart=apart)
 
     def close(self) -> None:
         """Finish what is being written, and let the database go."""
+        self._vote_writer.close()
+        if self._apart is not None:
+            self._apart.close()
         self._writer.close()
         self.engine.dispose()
 
@@ -137,10 +151,6 @@ class Store:
     def write(self, work: Callable[[Connection], Result]) -> Result:
         """Run statements as one, and return what they gave once it is on disk; see `Writer.write`."""
         return self._writer.write(work)
-
-    async def write_from_loop(self, work: Callable[[Connection], Result]) -> Result:
-        """`write` for a coroutine; to cancel it takes nothing back."""
-        return await self._writer.submit_from_loop(work)
 
     def exclusively(self) -> Any:
         """A transaction of this thread's own, beside which nobody writes: for what takes long."""
@@ -182,7 +192,11 @@ class Store:
 
     def add_vote(self, vote: Vote, **request: Any) -> Kept:
         """Keep a vote, and wait until it is on disk; see `voting`."""
-        return self.write(self.voting(vote, **request))
+        return self._vote_writer.write(self.voting(vote, **request))
+
+    async def add_voting(self, work: Callable[[Connection], Kept]) -> Kept:
+        """What `voting` gave, done for a coroutine; to cancel it takes nothing back."""
+        return await self._vote_writer.write_from_loop(work)
 
     def voting(
         self,
@@ -193,7 +207,7 @@ class Store:
         own: bool = False,
         token_of: str | None = None,
     ) -> Callable[[Connection], Kept]:
-        """What keeps a vote, to be given to `write`; it replaces the user's last one on the same answer, and that stays
+        """What keeps a vote, to be given to `add_voting`; it replaces the user's last one on the same answer, and that stays
         as history.
 
         Args:
@@ -216,7 +230,7 @@ class Store:
         whose = vote.user if caller is None else caller
         request = Request(body_hash(vote), whose, key, own, token_of, self._limit)
         kept = redacted_vote(vote, self.redact)
-        return lambda connection: insert_vote(connection, kept, request)
+        return partial(insert_vote, vote=kept, request=request)
 
     def add_all(self, shown: Sequence[Shown], votes: Sequence[Vote]) -> int:
         """Keep answers and votes from elsewhere, in one transaction and without a limit, less those that are there.
