@@ -95,9 +95,7 @@ def run(command: str, argv: Sequence[str]) -> None:
         "device": "cuda" if torch.cuda.is_available() and not options.use_cpu else "cpu",
     }  # fmt: skip
     redact = None if options.redact is None else load_redact(options.redact)
-    opened = Store.open(
-        options.db, redact=redact, max_votes=options.max_votes, period=options.votes_period, apart=True
-    )
+    opened = Store.open(options.db, redact=redact, max_votes=options.max_votes, period=options.votes_period)
     with opened as store, no_bars():
         name = options.served_model_name or served_name(store, options.model)
         service = Service(name, store, limits, loading)

@@ -31,21 +31,27 @@ from alignfast.online.server.watch import Watch
 router = APIRouter()
 
 
-def make_app(service: Service, *, retention_days: float | None = None) -> Front:
+def make_app(service: Service, *, retention_days: float | None = None, apart: bool = False) -> Front:
     """The ASGI application of a service whose first version is open; it stops the service when it ends.
 
     Args:
         service: of the routes.
         retention_days: how long answers are kept; None: for ever.
+        apart: have votes written by a process of its own, some 50 MB, so that more come through; see `store.apart`.
     """
     watch = Watch(service, retention_days)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        writer = await service.store.apart() if apart else None
+        if writer is not None:
+            service.write_vote = writer.write
         watch.start()
         yield
         await asyncio.to_thread(watch.stop)
         await service.close()
+        if writer is not None:
+            await writer.close()
 
     app = FastAPI(
         title="alignfast", version=alignfast.__version__, lifespan=lifespan,

@@ -53,7 +53,7 @@ def serve(service: Service, host: str, port: int, *, retention_days: float | Non
     """
     check_address(service, host)
     config = uvicorn.Config(
-        make_app(service, retention_days=retention_days), host=host, port=port, access_log=False, log_level="info", server_header=False,
+        make_app(service, retention_days=retention_days, apart=True), host=host, port=port, access_log=False, log_level="info", server_header=False,
         timeout_graceful_shutdown=int(service.limits.request_seconds) + 5,
     )  # fmt: skip
     # uvicorn sends itself the signal again when all is done, which would end the process as if it had been killed

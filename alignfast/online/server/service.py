@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from hashlib import sha256
@@ -13,6 +13,7 @@ from itertools import count
 from typing import Any, TypeVar
 
 from fastapi import Request
+from sqlalchemy import Connection
 from transformers import PreTrainedTokenizerBase
 
 from alignfast.models.policy import Policy
@@ -20,7 +21,7 @@ from alignfast.online.server.guard import Signer
 from alignfast.online.server.metrics import Metrics
 from alignfast.online.server.runner import Runner
 from alignfast.online.server.versions import Version, folder_of, weights_hash
-from alignfast.online.store import Store
+from alignfast.online.store import Kept, Store
 from alignfast.online.store import Version as Stored
 from alignfast.rollout.live import LiveEngine
 from alignfast.rollout.prompts import encode_prompt
@@ -83,6 +84,7 @@ class Service:
     Attributes:
         keyless: whether there never was a key: the loopback alone is answered.
         canary_share: of the users who meet the canary.
+        write_vote: keeps a vote, as `Store.write_from_loop` does.
         drawing: held while answers of the labelling queue are drawn.
     """
 
@@ -97,6 +99,7 @@ class Service:
         self.limits, self.loading = limits or Limits(), dict(loading or {})
         self.keyless = not store.keys.any()
         self.canary_share = 0.0
+        self.write_vote: Callable[[Callable[[Connection], Kept]], Awaitable[Kept]] = store.write_from_loop
         self.drawing = asyncio.Lock()
         self.signer = Signer(store.secret("server"))
         self.runner = Runner(self.limits.max_sequences, self.limits.max_queue)

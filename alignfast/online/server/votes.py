@@ -23,7 +23,7 @@ from alignfast.online.server.errors import ApiError
 from alignfast.online.server.guard import Caller
 from alignfast.online.server.schema import FeedbackRequest, PairValue
 from alignfast.online.server.service import Service
-from alignfast.online.store import Kept
+from alignfast.online.store import Kept, StoreError
 
 _LONGEST_KEY = 255  # of an Idempotency-Key
 
@@ -77,7 +77,7 @@ async def keep(service: Service, body: FeedbackRequest, caller: Caller, key: str
     """Keep a vote; it is on disk when this returns.
 
     Raises:
-        ApiError: 404 for an answer that was not shown to the caller, 422, or 429 with Retry-After.
+        ApiError: 404 for an answer that was not shown to the caller, 422, or 429 and 503 with Retry-After.
     """
     check_allowed(body, caller, key)
 
@@ -88,7 +88,7 @@ async def keep(service: Service, body: FeedbackRequest, caller: Caller, key: str
     try:
         # a hook may take its time; without one nothing here waits, and a thread would cost more than the vote
         work = prepare() if service.store.redact is None else await service.in_store(prepare)
-        return await service.store.add_voting(work)
+        return await service.write_vote(work)
     except UnknownResponse as error:
         if body.episode_id is not None:
             raise ApiError(
@@ -102,3 +102,5 @@ async def keep(service: Service, body: FeedbackRequest, caller: Caller, key: str
         raise ApiError(429, str(error), code="rate_limit_exceeded", headers=headers) from error
     except ValueError as error:
         raise ApiError(422, str(error), param="value") from error
+    except StoreError as error:
+        raise ApiError(503, str(error), headers={"Retry-After": "1"}) from error

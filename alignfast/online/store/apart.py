@@ -1,7 +1,7 @@
 """A writer in a process of its own, which shares no interpreter with a server's event loop.
 
-    thread of a Writer  --- the works of a batch, pickled --->  child: writer.commit
-                        <-- what became of each, pickled ---
+    loop   --- what was asked in one turn of the loop --->  child: all that has come -> writer.commit
+           <-- what became of each, in the same order ---
 
 To take a request, and to write its vote, is Python on both sides, so that in one interpreter the two wait for each other:
 apart they use two cores. What is sent must be picklable: a module's function with its arguments.
@@ -12,109 +12,170 @@ service manager's SIGTERM) leaves it alone, for the server goes on to answer wha
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pickle
 import signal
-import subprocess
 import sys
-from collections.abc import Sequence
+from asyncio.subprocess import PIPE, Process
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import IO, Any
+
+from sqlalchemy import Connection, Engine
 
 from alignfast.online.store.database import StoreError, connect
-from alignfast.online.store.writer import Outcome, Work, commit
+from alignfast.online.store.writer import Outcome, Result, Work, commit, tell
+
+_HEAD = 8  # bytes before a message: its length, little-endian
+_PIECE = 1 << 20  # bytes that are read at once
 
 
 class Apart:
-    """The child, started anew where it has ended.
+    """The child and those who wait for it, in one event loop; `Apart.start` makes one.
 
     Args:
         url: of the database, as `database.connect` takes it.
-
-    Raises:
-        StoreError: the child can't start; its own words are on stderr.
     """
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._child = self._start()
+        self._child: _Child | None = None
+        self._starting = asyncio.Lock()
 
-    def commit(self, batch: Sequence[Work]) -> list[Outcome]:
-        """`writer.commit`, done by the child; one thread at a time may ask.
+    @classmethod
+    async def start(cls, url: str) -> Apart:
+        """Start the child, and wait until it has the database open.
+
+        Raises:
+            StoreError: it can't; its own words are on stderr.
+        """
+        apart = cls(url)
+        await apart._running()
+        return apart
+
+    async def write(self, work: Callable[[Connection], Result]) -> Result:
+        """`Writer.write`, done by the child, which is started anew where it has ended. To cancel it takes nothing back.
 
         Raises:
             StoreError: the child ended under it; whether the commit was made is not known.
         """
-        asked = pickle.dumps(list(batch))
-        if self._child.poll() is not None:
-            self._child = self._start()
-        outcomes: list[Outcome] = self._ask(self._child, asked)
-        return outcomes
+        child = self._child
+        if child is None or child.ended:
+            child = await self._running()
+        result: Result = await child.ask(work)
+        return result
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """End the child, after what it writes; a second call does nothing."""
-        self._end(self._child)
+        if self._child is not None:
+            await self._child.end()
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        child = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import main; main()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    async def _running(self) -> _Child:
+        async with self._starting:
+            if self._child is None or self._child.ended:
+                self._child = await _Child.start(self._url)
+            return self._child
+
+
+class _Child:
+    """A process, until it ends."""
+
+    def __init__(self, process: Process) -> None:
+        self._process, self._loop = process, asyncio.get_running_loop()
+        self._asked: list[Any] = []
+        self._waiting: deque[asyncio.Future[Any]] = deque()
+        self._reading = self._loop.create_task(self._read())
+
+    @classmethod
+    async def start(cls, url: str) -> _Child:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", f"from {__name__} import main; main()", stdin=PIPE, stdout=PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )  # fmt: skip
+        child = cls(process)
         # by the pipe and not as a word of the command, which every user of the machine may read
-        self._ask(child, pickle.dumps(self._url))
+        await child.ask(url)
         return child
 
-    def _ask(self, child: subprocess.Popen[bytes], message: bytes) -> Any:
-        assert child.stdin is not None
-        assert child.stdout is not None
-        try:
-            child.stdin.write(message)
-            child.stdin.flush()
-            return pickle.load(child.stdout)
-        except (OSError, EOFError) as error:
-            self._end(child)
-            raise StoreError(
-                f"the process that writes to the database ended (exit code {child.returncode}), and whether it kept what it "
-                "was sent is not known: send it again, with the same Idempotency-Key"
-            ) from error
+    @property
+    def ended(self) -> bool:
+        return self._reading.done()
 
-    @staticmethod
-    def _end(child: subprocess.Popen[bytes]) -> None:
-        assert child.stdin is not None
-        assert child.stdout is not None
-        with suppress(OSError):  # what its buffer holds can't be sent any more
-            child.stdin.close()
-        child.wait()
-        child.stdout.close()
+    def ask(self, message: Any) -> asyncio.Future[Any]:
+        future = self._loop.create_future()
+        if not self._asked:
+            self._loop.call_soon(self._send)
+        self._asked.append(message)
+        self._waiting.append(future)
+        return future
+
+    async def end(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        await self._reading
+
+    def _send(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(_message(self._asked))
+        self._asked = []
+
+    async def _read(self) -> None:
+        assert self._process.stdout is not None
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                size = int.from_bytes(await self._process.stdout.readexactly(_HEAD), "little")
+                for outcome in pickle.loads(await self._process.stdout.readexactly(size)):
+                    tell(self._waiting.popleft(), outcome)
+        code = await self._process.wait()
+        error = StoreError(
+            f"the process that writes to the database ended (exit code {code}), and whether it kept what it was sent is "
+            "not known: send it again, with the same Idempotency-Key"
+        )
+        for future in self._waiting:
+            tell(future, Outcome(None, error))
+
+
+def _message(items: Sequence[Any]) -> bytes:
+    body = pickle.dumps(items)
+    return len(body).to_bytes(_HEAD, "little") + body
 
 
 def main() -> None:
-    """The child: an address, then batches, until the pipe ends."""
+    """The child: an address, then works, until the pipe ends."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    asked, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what anybody prints is not an answer
-    engine = connect(pickle.load(asked), create=False)
-    _send(answers, pickle.dumps(None))
-    with suppress(EOFError, BrokenPipeError):  # who asked has ended
-        while True:
-            batch = pickle.load(asked)
-            try:
-                outcomes = commit(engine, batch)
-            except Exception as error:  # of the commit
-                outcomes = [Outcome(None, error)] * len(batch)
-            _send(answers, _pickled(outcomes))
+    batches = _batches(0)
+    (url,) = next(batches)
+    engine = connect(url, create=False)
+    with suppress(BrokenPipeError):  # who asked has ended
+        _answer(answers, [Outcome(None)])
+        for batch in batches:
+            _answer(answers, _outcomes(engine, batch))
 
 
-def _send(answers: Any, message: bytes) -> None:
-    answers.write(message)
-    answers.flush()
+def _batches(pipe: int) -> Iterator[list[Any]]:
+    """All that has come, again and again."""
+    came = b""
+    while piece := os.read(pipe, _PIECE):
+        came += piece
+        batch: list[Any] = []
+        while len(came) >= _HEAD and len(came) >= (end := _HEAD + int.from_bytes(came[:_HEAD], "little")):
+            batch += pickle.loads(came[_HEAD:end])
+            came = came[end:]
+        if batch:
+            yield batch
 
 
-def _pickled(outcomes: Sequence[Outcome]) -> bytes:
-    return pickle.dumps(
-        [one if one.error is None else Outcome(None, _sendable(one.error)) for one in outcomes]
-    )
+def _outcomes(engine: Engine, batch: Sequence[Work]) -> list[Outcome]:
+    try:
+        found = commit(engine, batch)
+    except Exception as error:  # of the commit, which may have been made
+        found = [Outcome(None, error)] * len(batch)
+    return [one if one.error is None else Outcome(None, _sendable(one.error)) for one in found]
 
 
 def _sendable(error: BaseException) -> BaseException:
@@ -124,3 +185,8 @@ def _sendable(error: BaseException) -> BaseException:
     except Exception:
         return StoreError(f"{type(error).__name__}: {error}")
     return error
+
+
+def _answer(answers: IO[bytes], outcomes: Sequence[Outcome]) -> None:
+    answers.write(_message(outcomes))
+    answers.flush()

@@ -52,7 +52,7 @@ class Store:
 
     Args:
         engine: of `database.connect`.
-        redact, max_votes, period, apart: see `open`.
+        redact, max_votes, period: see `open`.
 
     Attributes:
         redact: as given.
@@ -77,17 +77,12 @@ class Store:
         redact: Redact | None = None,
         max_votes: int | None = None,
         period: float = 3600,
-        apart: bool = False,
     ) -> None:
         if max_votes is not None and (max_votes < 1 or period <= 0):
             raise ValueError(f"expected max_votes >= 1 and period > 0, got {max_votes} and {period}")
         self.engine, self.redact = engine, redact
         self._limit = None if max_votes is None else (max_votes, period)
-        self._writer = self._vote_writer = Writer(partial(commit, engine))
-        self._apart = None
-        if apart:
-            self._apart = Apart(engine.url.render_as_string(hide_password=False))
-            self._vote_writer = Writer(self._apart.commit)
+        self._writer = Writer(partial(commit, engine))
         self.keys, self.versions, self.runs = Keys(self), Versions(self), Runs(self)
         self.labels = Labels(self)
 
@@ -100,7 +95,6 @@ class Store:
         max_votes: int | None = None,
         period: float = 3600,
         create: bool = True,
-        apart: bool = False,
     ) -> Store:
         """Open a database, make its tables or bring them up to date.
 
@@ -112,20 +106,15 @@ class Store:
             max_votes: votes that one user may give in a period; None: any number.
             period: of that, in seconds.
             create: make SQLite's file where there is none.
-            apart: have votes written by a process of its own, some 50 MB, for a server that takes many; see `apart`.
 
         Raises:
             StoreError: the database can't be used, is not there, or is of a later alignfast.
             ValueError: a limit is out of range.
         """
-        engine = connect(url, create)
-        return cls(engine, redact=redact, max_votes=max_votes, period=period, apart=apart)
+        return cls(connect(url, create), redact=redact, max_votes=max_votes, period=period)
 
     def close(self) -> None:
         """Finish what is being written, and let the database go."""
-        self._vote_writer.close()
-        if self._apart is not None:
-            self._apart.close()
         self._writer.close()
         self.engine.dispose()
 
@@ -151,6 +140,18 @@ class Store:
     def write(self, work: Callable[[Connection], Result]) -> Result:
         """Run statements as one, and return what they gave once it is on disk; see `Writer.write`."""
         return self._writer.write(work)
+
+    async def write_from_loop(self, work: Callable[[Connection], Result]) -> Result:
+        """`write` for a coroutine; to cancel it takes nothing back."""
+        return await self._writer.write_from_loop(work)
+
+    async def apart(self) -> Apart:
+        """A writer to this database that is a process of its own, for a server that takes many votes.
+
+        Raises:
+            StoreError: it can't start.
+        """
+        return await Apart.start(self.engine.url.render_as_string(hide_password=False))
 
     def exclusively(self) -> Any:
         """A transaction of this thread's own, beside which nobody writes: for what takes long."""
@@ -192,11 +193,7 @@ class Store:
 
     def add_vote(self, vote: Vote, **request: Any) -> Kept:
         """Keep a vote, and wait until it is on disk; see `voting`."""
-        return self._vote_writer.write(self.voting(vote, **request))
-
-    async def add_voting(self, work: Callable[[Connection], Kept]) -> Kept:
-        """What `voting` gave, done for a coroutine; to cancel it takes nothing back."""
-        return await self._vote_writer.write_from_loop(work)
+        return self.write(self.voting(vote, **request))
 
     def voting(
         self,
@@ -207,7 +204,7 @@ class Store:
         own: bool = False,
         token_of: str | None = None,
     ) -> Callable[[Connection], Kept]:
-        """What keeps a vote, to be given to `add_voting`; it replaces the user's last one on the same answer, and that stays
+        """What keeps a vote, to be given to `write`; it replaces the user's last one on the same answer, and that stays
         as history.
 
         Args:

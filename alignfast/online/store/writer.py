@@ -152,7 +152,7 @@ def _answer(waiting: Sequence[_Waiting], outcomes: Sequence[Outcome]) -> None:
     in_loops: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Any], Outcome]]] = {}
     for future, outcome in zip(waiting, outcomes, strict=True):
         if isinstance(future, Future):
-            _tell(future, outcome)
+            tell(future, outcome)
         else:
             in_loops.setdefault(future.get_loop(), []).append((future, outcome))
     for loop, told in in_loops.items():
@@ -162,11 +162,13 @@ def _answer(waiting: Sequence[_Waiting], outcomes: Sequence[Outcome]) -> None:
 
 def _answer_here(told: Sequence[tuple[asyncio.Future[Any], Outcome]]) -> None:
     for future, outcome in told:
-        if not future.done():  # who waited may have left
-            _tell(future, outcome)
+        tell(future, outcome)
 
 
-def _tell(future: _Waiting, outcome: Outcome) -> None:
+def tell(future: Future[Any] | asyncio.Future[Any], outcome: Outcome) -> None:
+    """Answer who waits, if they have not left."""
+    if future.done():
+        return
     if outcome.error is not None:
         future.set_exception(outcome.error)
     else:

@@ -1,12 +1,15 @@
 """The server killed with -9 while people vote: what it acknowledged is there, once, whatever was sent again.
 
 Each writer asks for an answer, votes on it with an Idempotency-Key, and sends now and then the same vote again, as a
-client does that did not hear the answer; what a kill cut off it sends again to the next server.
+client does that did not hear the answer; what a kill cut off it sends again to the next server. Each server's process
+that writes votes is killed once before, which the server must outlive.
 """
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import threading
 import time
 from pathlib import Path
@@ -85,6 +88,20 @@ class Writer(threading.Thread):
         return None
 
 
+def wait_for(wanted: int, crowd: list[Writer], server: Server) -> None:
+    """Until so many votes were acknowledged."""
+    while sum(len(writer.acknowledged) for writer in crowd) < wanted:
+        assert server.process.poll() is None, server.said
+        assert not any(writer.fault for writer in crowd), [w.fault for w in crowd if w.fault]
+        time.sleep(0.01)
+
+
+def writers_of(server: Server) -> list[int]:
+    """Processes that a server has started."""
+    pid = server.process.pid
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def check(folder: Path, writers: int, kills: int, seed: int) -> None:
     """Kill a server so often under so many writers, and see what is in the database."""
     draw, db, model = random.Random(seed), f"sqlite:///{folder}/feedback.db", save_model(folder / "tiny")
@@ -98,10 +115,11 @@ def check(folder: Path, writers: int, kills: int, seed: int) -> None:
         for writer in crowd:
             writer.url = server.url
         wanted = before + draw.randint(1, 4 * writers)
-        while sum(len(writer.acknowledged) for writer in crowd) < wanted:
-            assert server.process.poll() is None, server.said
-            assert not any(writer.fault for writer in crowd), [w.fault for w in crowd if w.fault]
-            time.sleep(0.01)
+        wait_for((before + wanted) // 2, crowd, server)
+        writing = writers_of(server)
+        assert len(writing) == 1
+        os.kill(writing[0], signal.SIGKILL)
+        wait_for(wanted + writers, crowd, server)  # who was answered before the kill may be told of it only then
         if killed == kills:
             for writer in crowd:
                 writer.over = True
