@@ -202,6 +202,8 @@ async def test_it_ends_with_its_owner(url: str) -> None:
             assert runs(child)
         assert not runs(child)
         await writer.close()
+        with pytest.raises(StoreError, match="closed"):
+            await writer.write(chatter)
 
 
 OPENS = """

@@ -43,6 +43,7 @@ class Apart:
         self._url = url
         self._child: _Child | None = None
         self._starting = asyncio.Lock()
+        self._closed = False
 
     @classmethod
     async def start(cls, url: str) -> Apart:
@@ -59,8 +60,10 @@ class Apart:
         """`Writer.write`, done by the child, which is started anew where it has ended. To cancel it takes nothing back.
 
         Raises:
-            StoreError: the child ended under it; whether the commit was made is not known.
+            StoreError: the child ended under it, and whether the commit was made is not known; or it was closed.
         """
+        if self._closed:
+            raise StoreError("the store is closed")
         child = self._child
         if child is None or child.ended:
             child = await self._running()
@@ -69,6 +72,7 @@ class Apart:
 
     async def close(self) -> None:
         """End the child, after what it writes; a second call does nothing."""
+        self._closed = True
         if self._child is not None:
             await self._child.end()
 
@@ -91,8 +95,8 @@ class _Child:
     @classmethod
     async def start(cls, url: str) -> _Child:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", f"from {__name__} import main; main()", stdin=PIPE, stdout=PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import main; main()",
+            stdin=PIPE, stdout=PIPE,
         )  # fmt: skip
         child = cls(process)
         # by the pipe and not as a word of the command, which every user of the machine may read
@@ -122,19 +126,24 @@ class _Child:
         self._asked = []
 
     async def _read(self) -> None:
+        assert self._process.stdin is not None
         assert self._process.stdout is not None
-        with suppress(asyncio.IncompleteReadError, ConnectionError):
+        try:
             while True:
                 size = int.from_bytes(await self._process.stdout.readexactly(_HEAD), "little")
                 for outcome in pickle.loads(await self._process.stdout.readexactly(size)):
                     tell(self._waiting.popleft(), outcome)
-        code = await self._process.wait()
-        error = StoreError(
-            f"the process that writes to the database ended (exit code {code}), and whether it kept what it was sent is "
-            "not known: send it again, with the same Idempotency-Key"
-        )
-        for future in self._waiting:
-            tell(future, Outcome(None, error))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass  # it has ended
+        finally:
+            self._process.stdin.close()
+            code = await self._process.wait()
+            error = StoreError(
+                f"the process that writes to the database ended (exit code {code}), and whether it kept what it was sent "
+                "is not known: send it again, with the same Idempotency-Key"
+            )
+            for future in self._waiting:
+                tell(future, Outcome(None, error))
 
 
 def _message(items: Sequence[Any]) -> bytes:
