@@ -168,9 +168,10 @@ class _Torch:
         logps_T = -torch.logaddexp(zero_T, others_T - d_T)
         log_sum_T = torch.logaddexp(others_T, d_T)
         lse_T = top_T1[:, 0] + log_sum_T
-        logp_TV = d_TV - log_sum_T[:, None]
-        p_TV = logp_TV.exp()
         entropy_T = mean_T = top1_T = squares_T = zero_T
+        if options.wants(ENTROPY) or options.wants(SUM_SQ_PROBS):
+            logp_TV = d_TV - log_sum_T[:, None]
+            p_TV = logp_TV.exp()
         if options.wants(ENTROPY):
             entropy_T = -(p_TV * logp_TV.masked_fill(logp_TV == -math.inf, 0)).sum(1)
         if options.wants(MEAN_LOGIT):
