@@ -29,7 +29,7 @@ from alignfast.rollout.sampling import Prompt
 
 Result = TypeVar("Result")
 
-_STORE_THREADS = 64  # a vote waits for the disk in one of them; those that wait together share its commit
+_STORE_THREADS = 64  # answers wait for the disk in one of them; those that wait together share its commit
 
 
 @dataclass(frozen=True)

@@ -77,11 +77,11 @@ def liking(shown: Shown) -> float:
     return share_liked(shown.text) + random.Random(shown.id).random() * 1e-3
 
 
-def vote(store: Store, groups: list[list[Shown]]) -> list[Vote]:
-    """A ranking of each group, and a thumb on its first answer."""
+def vote(store: Store, groups: list[list[Shown]], liked: bool = True) -> list[Vote]:
+    """A ranking of each group by what people like (or don't), and a thumb on its first answer."""
     votes = []
     for group in groups:
-        ranked = sorted(group, key=liking, reverse=True)
+        ranked = sorted(group, key=liking, reverse=liked)
         user = group[0].user or ""
         votes.append(Vote(response_id=group[0].id, kind="ranking", value=[of.id for of in ranked], user=user))
         value = "up" if ranked[0] is group[0] else "down"

@@ -47,7 +47,8 @@ def test_memory_and_files_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
             store=store, output_dir=str(tmp_path / "versions"), say=lambda text: None, **OPTIONS
         )
         for number in range(1, rounds + 1):
-            vote(store, ask(store, 4, seed=number))
+            # a taste that turns: under one alone all answers became the same after 553 rounds, with nothing to learn
+            vote(store, ask(store, 4, seed=number), liked=number // 20 % 2 == 0)
             round = loop.run(once=True)
             assert round is not None
             assert round.outcome == f"policy-{number} serves"
