@@ -1,4 +1,5 @@
-"""Puts the machine's description into pytest-benchmark's JSON, our columns under its table; lets providers be chosen.
+"""Puts the machine's description into pytest-benchmark's JSON, our columns under its table; lets providers be chosen, and
+says each figure when it is known: a suite of hours must tell where it is.
 
 `--providers torch,verl` keeps the rows of providers that have one of the words in their name; `--left-out FILE` writes what
 got no time, with the reason. Every bench is a function whose parameter `name` or `provider` says whose code it times.
@@ -30,6 +31,36 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not config.pluginmanager.hasplugin("benchmark"):
         config.pluginmanager.register(plain)
+    config.pluginmanager.register(Progress(config))
+
+
+class Progress:
+    """A line for each row in place of pytest's dots."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config, self._number, self._all, self._said = config, 0, 0, ""
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self._all = len(session.items)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
+        return (report.outcome, "", "") if report.when == "call" or not report.passed else None
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        told = dict(report.user_properties)
+        if not report.passed:
+            bench = report.nodeid.partition("::")[2].partition("[")[0].removeprefix("bench_")
+            self._said = f"{bench}, {told.get('provider')}: {report.outcome}, {reason_of(report)}"
+        elif report.when == "teardown" and "row" in told:
+            self._said = str(told["row"])
+
+    def pytest_runtest_logfinish(self) -> None:
+        self._number += 1
+        reporter: Any = self._config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is not None:
+            reporter.write_line(f"[{self._number}/{self._all}] {self._said}")
+            self._said = ""
 
 
 def provider_of(item: Any) -> str:
@@ -62,41 +93,54 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def rows_as_they_come(request: pytest.FixtureRequest) -> Iterator[None]:
     """Each figure is written when it is known, so that a run that is ended keeps what it had."""
     yield
-    benchmark = request.node.funcargs.get("benchmark")
+    benchmark = (request.node.funcargs or {}).get("benchmark")  # none where Ctrl-C ended it
     if benchmark is not None and benchmark.extra_info.get("provider"):
         harness.write_row(benchmark, request.node.nodeid)
+        info = benchmark.extra_info
+        seconds = info.get("device", {}).get("min", benchmark.stats.stats.min)
+        what = benchmark.group or request.node.name.partition("[")[0].removeprefix("bench_")
+        said = f"{what}, {info['provider']}, {info['shape']}: {1e3 * seconds:,.3f} ms"
+        request.node.user_properties.append(("row", said))
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.passed:
-        return
+def reason_of(report: pytest.TestReport) -> str:
+    """Why there is no time."""
     if report.skipped:
         reason = str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else str(report.longrepr)
         reason = reason.removeprefix("Skipped: ")
     else:
         crash = getattr(report.longrepr, "reprcrash", None)
         reason = str(crash.message if crash is not None else report.longrepr).removeprefix("Failed: ")
+    return " ".join(reason.split())[:400]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.passed:
+        return
     entry = {
         "bench": report.nodeid,
         "provider": str(dict(report.user_properties).get("provider", "")),
         "outcome": report.outcome,
-        "reason": " ".join(reason.split())[:400],
+        "reason": reason_of(report),
     }
     _LEFT_OUT.append(entry)
     harness.write_line({"left_out": entry})
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_sessionfinish(session: pytest.Session) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
+    timed = getattr(session.config, "_benchmarksession", None)
+    if timed is not None:  # the row that Ctrl-C ended may have no round, which pytest-benchmark can't write
+        timed.benchmarks[:] = [bench for bench in timed.benchmarks if bench.stats.data]
     ours, peers = results.Run({}, "", [], _LEFT_OUT).failed
     # a file that can't be imported is counted as failed too, and is nobody's row
     if session.exitstatus == pytest.ExitCode.TESTS_FAILED and not ours and session.testsfailed == len(peers):
-        session.exitstatus = (
-            pytest.ExitCode.OK
-        )  # peers alone broke; pytest-benchmark may still find that times regressed
+        # peers alone broke; pytest-benchmark may still find that times regressed
+        session.exitstatus = pytest.ExitCode.OK
     path = session.config.getoption("--left-out")
     if path:
         Path(path).write_text(json.dumps(_LEFT_OUT))
+    yield
 
 
 @pytest.hookimpl(optionalhook=True)

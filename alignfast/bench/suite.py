@@ -74,7 +74,7 @@ def run_benches(
     providers: str = "",
     flags: Sequence[str] = (),
 ) -> tuple[dict[str, Any], int]:
-    """Run benches and write everything into a folder.
+    """Run benches and write everything into a folder; stopped by Ctrl-C, what was timed until then.
 
     Args:
         names: of ops or steps; none for the whole suite.
@@ -108,7 +108,11 @@ def run_benches(
         f"--left-out={left_out_file}", f"--providers={providers}", *flags, *map(str, files),
     ]  # fmt: skip
     environment = {**os.environ, "ALIGNFAST_BENCH_SUITE": suite}
-    code = subprocess.run(command, env=environment).returncode
+    with subprocess.Popen(command, env=environment) as benches:
+        try:
+            code = benches.wait()
+        except KeyboardInterrupt:  # which they got too: pytest ends in order, with what has been timed
+            code = benches.wait()
     left_out = json.loads(left_out_file.read_text()) if left_out_file.exists() else []
     left_out_file.unlink(missing_ok=True)
     if not json_file.exists() or not json_file.read_text().strip():

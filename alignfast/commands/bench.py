@@ -63,6 +63,9 @@ def run(command: str, argv: Sequence[str]) -> None:
         _bench(command, names, words)
 
 
+_INTERRUPTED = 2  # pytest's exit code
+
+
 def _bench(command: str, names: list[str], words: list[str]) -> None:
     flags = [word for word in words if word.startswith("--benchmark-")]
     others = [word for word in words if word not in flags]
@@ -93,6 +96,8 @@ def _bench(command: str, names: list[str], words: list[str]) -> None:
         print(f"peers without a time: {'; '.join(broken_peers)}")
     if wrong:
         raise ValueError(f"{len(wrong)} without a time: {'; '.join(wrong)}")
+    if code == _INTERRUPTED:
+        raise ValueError("stopped by Ctrl-C: the results are those of the rows that had ended")
     if code:  # peers that broke are no part of it, conftest.py sees to that
         raise ValueError(f"pytest ended with {code}: what it said stands above")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -43,14 +44,49 @@ def test_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert report["machine_info"]["limits"]["copy_gb_s"] > 0
 
 
-def test_no_time_for_a_wrong_kernel(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Ours, then the exit code is 1; a peer that is broken is named and no more."""
+def folder_of_benches(tmp_path: Path) -> Path:
+    """What benches stand on, and none yet."""
     folder = tmp_path / "benches"
     folder.mkdir()
     for name in ("harness.py", "machine.py", "conftest.py", "plain.py"):
         shutil.copy(suite.benches_folder() / name, folder)
+    return folder
+
+
+def test_what_was_timed_before_ctrl_c_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Both processes get the signal, as of a terminal; the row that it ends has no time and is left out."""
+    folder = folder_of_benches(tmp_path)
+    (folder / "bench_hours.py").write_text(
+        "import os, signal\nimport pytest\nfrom harness import measure\n"
+        "def stop():\n"
+        "    os.kill(os.getppid(), signal.SIGINT)\n"
+        "    raise KeyboardInterrupt\n"
+        "@pytest.mark.parametrize('name', ['alignfast', 'slow', 'never'])\n"
+        "def bench_hours(benchmark, name):\n"
+        "    call = stop if name == 'slow' else lambda: sum(range(9))\n"
+        "    measure(benchmark, call, provider=name, shape='1', rounds=2)\n"
+    )
+    monkeypatch.setattr(suite, "benches_folder", lambda: folder)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        assert main(["bench", "hours", "--suite", "smoke", "--output", str(tmp_path / "out")]) == 1
+    finally:
+        signal.signal(signal.SIGINT, before)
+    said = capfd.readouterr()
+    assert "stopped by Ctrl-C: the results are those of the rows that had ended" in said.err
+    assert "[1/3] hours, alignfast, 1: " in said.out
+    report = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["extra_info"]["provider"] for row in report["benchmarks"]] == ["alignfast"]
+    assert (tmp_path / "out" / "index.html").exists()
+
+
+def test_no_time_for_a_wrong_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Ours, then the exit code is 1; a peer that is broken is named and no more."""
+    folder = folder_of_benches(tmp_path)
     (folder / "bench_wrong.py").write_text(
         "import pytest\nfrom harness import measure\n"
         "@pytest.mark.parametrize('name', ['alignfast right', 'alignfast wrong', 'broken'])\n"
