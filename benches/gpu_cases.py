@@ -137,9 +137,8 @@ def preference_loss(backend: str, elements: int) -> float:
     sums_M = torch.stack([part.double().sum() for part in logps_P.split(L)])
     margin_N = (sums_M[::2] - refs[0]) - (sums_M[1::2] - refs[1])
     gold_N = -torch.nn.functional.logsigmoid(0.1 * margin_N)
-    slope_N = 0.1 * torch.sigmoid(
-        -0.1 * margin_N
-    )  # of the rejected one's tokens; the chosen one's have the other sign
+    # of the rejected one's tokens; the chosen one's have the other sign
+    slope_N = 0.1 * torch.sigmoid(-0.1 * margin_N)
     return worst((relative_error(loss_N, gold_N), relative_error(gradient_P[-1:], slope_N[-1:])))
 
 

@@ -309,9 +309,8 @@ def need(module: str, package: str = "alignfast[bench]") -> Any:
     """A peer's module, or a skip that says what is missing."""
     try:
         return importlib.import_module(module)
-    except (
-        Exception
-    ) as error:  # peers fail to import in many ways: for want of a GPU, of a library, of a version
+    except Exception as error:
+        # peers fail to import in many ways: for want of a GPU, of a library, of a version
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         missing = isinstance(error, ModuleNotFoundError)
         pytest.skip(f"{module}: {first}" + (f"; `pip install {package}`" if missing else ""))

@@ -10,9 +10,8 @@ dataset = [
     ("How was the train? ", "The train was quiet and on time.", "Why do you ask?"),
     ("How was the museum? ", "The museum was well worth the trip.", "Go and see."),
 ]
-tokenizer = make_tokenizer(
-    text for row in dataset for text in row
-)  # of your own: AutoTokenizer.from_pretrained
+# of your own: AutoTokenizer.from_pretrained
+tokenizer = make_tokenizer(text for row in dataset for text in row)
 config = GPT2Config(vocab_size=len(tokenizer), n_embd=64, n_layer=2, n_head=2, n_positions=128)
 model = AutoModelForCausalLM.from_config(config)
 

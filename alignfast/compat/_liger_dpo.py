@@ -76,9 +76,8 @@ def liger_fused_linear_dpo(
     if use_ref_model and (ref_input is None or ref_weight is None):
         raise ValueError("use_ref_model=True needs ref_input and ref_weight")
     num_pairs = len(target) // 2
-    order_B = (
-        torch.arange(len(target), device=target.device).view(2, -1).T.flatten()
-    )  # chosen 0, rejected 0, ...
+    # chosen 0, rejected 0, ...
+    order_B = torch.arange(len(target), device=target.device).view(2, -1).T.flatten()
     counts_BL = target[order_B] != ignore_index
     lengths = counts_BL.sum(1).tolist()
     target_P = target[order_B][counts_BL]

@@ -103,9 +103,8 @@ def numbered(items: Iterable[Hashable]) -> NDArray[np.int64]:
     >>> numbered(["b", "a", "b"]).tolist()
     [0, 1, 0]
     """
-    numbers: dict[
-        Hashable, int
-    ] = {}  # numpy's unique would pad all texts to the longest: 1 GB for 20,000 prompts
+    # numpy's unique would pad all texts to the longest: 1 GB for 20,000 prompts
+    numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(item, len(numbers)) for item in items], np.int64)
 
 

@@ -158,9 +158,8 @@ def _nll(
     divisor: Any = counts_T.sum() if num_items is None else num_items
     if isinstance(divisor, Tensor):
         divisor = divisor.to(hidden_TD.device)
-    if (
-        not torch.compiler.is_compiling()
-    ):  # else shapes would follow the labels; there ignored rows are projected
+    # else shapes would follow the labels; there ignored rows are projected
+    if not torch.compiler.is_compiling():
         hidden_TD, target_T = hidden_TD[counts_T], target_T[counts_T]
     head = head_of(model)
 

@@ -295,9 +295,8 @@ def _score_on_threads(
     started = time.monotonic()
     for n in range(batch.N):
         left = None
-        if (
-            timeout is not None
-        ):  # an equal share of the time for each row, and what earlier ones left of theirs
+        # an equal share of the time for each row, and what earlier ones left of theirs
+        if timeout is not None:
             left = max(started + timeout * (n + 1) / batch.N - time.monotonic(), timeout / batch.N)
         outcomes += _score_on_threads(function, batch.row(n), left, threads)
     return outcomes

@@ -81,9 +81,8 @@ class NativeEngine:
         self.max_prefill_tokens, self.cuda_graphs = max_prefill_tokens, cuda_graphs
         self.decode_backend = decode_backend or policy.backend
         self.page = _PAGE_OF.get(self.decode_backend, PAGE)
-        if (
-            decode_backend is not None
-        ):  # what can't be had is told now; a 16-bit type, since autocast may come later
+        # what can't be had is told now; a 16-bit type, since autocast may come later
+        if decode_backend is not None:
             check_backend(decode_backend, next(policy.parameters()).device)
         self.recorder: Recorder | None = None  # CUDA's, but for tests
         self.seconds = {"prefill": 0.0, "decode": 0.0}
@@ -124,9 +123,8 @@ class NativeEngine:
         self._probed = True
         base, device = self.policy.base, next(self.policy.parameters()).device
         check_layer_kinds(base)
-        length = min(
-            self.page + 3, (self.policy.positions or self.page + 6) - 3
-        )  # into a second page where there is room
+        # into a second page where there is room
+        length = min(self.page + 3, (self.policy.positions or self.page + 6) - 3)
         prompt = tuple((7 * i * i + 3 * i + 2) % self.policy.vocabulary for i in range(length))
         try:
             sampling = Sampling(max_new_tokens=3, temperature=0, stop_token_ids=())

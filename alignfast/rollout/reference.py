@@ -98,9 +98,8 @@ class TransformersEngine:
         longest, device = max(map(len, prompts)), self.model.device
         ids_BL = torch.tensor([(config.pad_token_id,) * (longest - len(ids)) + ids for ids in prompts])
         mask_BL = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
-        generate: Any = (
-            self.model.generate
-        )  # transformers declares it on a mixin that mypy takes for a tensor
+        # transformers declares it on a mixin that mypy takes for a tensor
+        generate: Any = self.model.generate
         output = generate(
             input_ids=ids_BL.to(device), attention_mask=mask_BL.to(device), generation_config=config,
             stopping_criteria=[_StopText(finish, longest)] if sampling.stop else None,

@@ -137,9 +137,8 @@ def plan(num_rows: int, group_sizes: Sequence[int] | None, chunk_rows: int) -> l
     [[slice(0, 2, None)], [slice(2, 5, None), slice(5, 7, None)]]
     """
     if group_sizes is None:
-        starts = range(
-            0, max(num_rows, 1), chunk_rows
-        )  # no rows: one empty call, so that the metrics have names
+        # no rows: one empty call, so that the metrics have names
+        starts = range(0, max(num_rows, 1), chunk_rows)
         return [[slice(start, min(start + chunk_rows, num_rows))] for start in starts]
     if sum(group_sizes) != num_rows or any(size < 0 for size in group_sizes):
         raise ValueError(f"group_sizes must be >= 0 and sum to the {num_rows} rows, got {list(group_sizes)}")
@@ -198,9 +197,8 @@ class _Active:
         differentiable_KN = dstats_KN[[k for k in range(len(STATS)) if k != IS_TOP1]]
         active_N = (differentiable_KN != 0).any(0) & ~ignored_N
         if _reads_late(active_N.device):
-            self._index_N = (
-                (~active_N).to(torch.uint8).argsort(stable=True)
-            )  # the active ones first, in order
+            # the active ones first, in order
+            self._index_N = (~active_N).to(torch.uint8).argsort(stable=True)
             self._late = _Late(active_N.sum())
         else:
             self._index_N = active_N.nonzero()[:, 0]
@@ -276,9 +274,8 @@ class _Walk:
 
         values = tuple(stats_KN[STATS.index(field)] for field in self.fields)
         dvalues: tuple[Tensor, ...] = ()
-        with torch.set_grad_enabled(
-            self.grad_enabled
-        ):  # a captured tensor that wants a gradient shows in the loss
+        # a captured tensor that wants a gradient shows in the loss
+        with torch.set_grad_enabled(self.grad_enabled):
             if self.differentiate:
                 argnums = tuple(range(len(values)))
                 differentiated = torch.func.grad_and_value(on_values, argnums, has_aux=True)

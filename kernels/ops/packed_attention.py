@@ -109,9 +109,8 @@ def _check(query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, layout: Packed
         raise ValueError(f"the layout describes {layout.num_tokens} tokens, the query has {T}")
     if not query_THE.dtype == key_TKE.dtype == value_TKE.dtype:
         raise ValueError(f"dtypes differ: {query_THE.dtype}, {key_TKE.dtype}, {value_TKE.dtype}")
-    if (
-        not query_THE.device == key_TKE.device == value_TKE.device
-    ):  # compiled code takes addresses as they are
+    # compiled code takes addresses as they are
+    if not query_THE.device == key_TKE.device == value_TKE.device:
         raise ValueError(
             f"query is on {query_THE.device}, key on {key_TKE.device}, value on {value_TKE.device}; move them to one"
         )
@@ -173,9 +172,8 @@ class _Torch:
             own = segment.own
             scores_HQN, _ = _scores(query_HTE[:, own], _seen(key_HTE, segment), segment, options)
             out_HTE[:, own] = scores_HQN.softmax(-1) @ _seen(value_HTE, segment)
-        return _tokens_first(out_HTE, query_THE.dtype), query_THE.new_empty(
-            0
-        )  # the backward computes all anew
+        # the backward computes all anew
+        return _tokens_first(out_HTE, query_THE.dtype), query_THE.new_empty(0)
 
     @staticmethod
     def backward(

@@ -142,9 +142,8 @@ def _kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # B * V passes 2**31
     row_ptr = logits_ptr + row * row_stride
-    step = tl.cast(
-        column_stride, tl.int64
-    )  # of a transposed view it is B: the last column may be past 2**31 too
+    # of a transposed view it is B: the last column may be past 2**31 too
+    step = tl.cast(column_stride, tl.int64)
     inverse = (1.0 / tl.cast(temperature, tl.float64)).to(tl.float32)
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     bad = tl.zeros([BLOCK], tl.int32)

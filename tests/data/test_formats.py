@@ -294,7 +294,6 @@ def test_only_the_columns_of_the_formats_asked_for_are_looked_at() -> None:
     with pytest.raises(DataError, match=r"make no format that is taken here: prompt\+completion\+label"):
         load_rows([row], formats=["thumbs"])
     thumb = {"prompt": "a", "completion": "b", "label": 1}
-    with pytest.raises(
-        DataError, match="'label' must be true or false, got 1"
-    ):  # no other format to fall back to
+    # no other format to fall back to
+    with pytest.raises(DataError, match="'label' must be true or false, got 1"):
         load_rows([thumb], formats=["thumbs"])

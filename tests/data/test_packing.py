@@ -90,9 +90,8 @@ def test_positions_and_token_counts(forest: list[Tree], layout: str) -> None:
 
 
 @settings(max_examples=100, derandomize=True, deadline=None)
-@given(
-    forests, st.sampled_from(LAYOUTS), st.integers(35, 90)
-)  # 35: the largest tree drawn, 4 * (3 + 5), fits
+# 35: the largest tree drawn, 4 * (3 + 5), fits
+@given(forests, st.sampled_from(LAYOUTS), st.integers(35, 90))
 def test_cut_keeps_order_and_budget_and_wastes_nothing(forest: list[Tree], layout: str, budget: int) -> None:
     runs = cut(forest, layout, budget)
     assert [index for run in runs for index in run] == list(range(len(forest)))
@@ -102,9 +101,8 @@ def test_cut_keeps_order_and_budget_and_wastes_nothing(forest: list[Tree], layou
         return batch.input_ids_BL.numel()
 
     assert all(size(run) <= budget for run in runs)
-    assert all(
-        size(range(run.start, run.stop + 1)) > budget for run in runs[:-1]
-    )  # the next tree did not fit
+    # the next tree did not fit
+    assert all(size(range(run.start, run.stop + 1)) > budget for run in runs[:-1])
 
 
 def pair(prompt: int, *answers: int) -> Tree:

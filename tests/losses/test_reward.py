@@ -53,9 +53,8 @@ def test_pairs_are_trls_loss(margins: Any, coefficient: float | None) -> None:
         rewards_SH, (2, 2, 2), margins, num_rows=3, center_rewards_coefficient=coefficient
     )
     gradients = [torch.autograd.grad(x, rewards_SH)[0] for x in (loss, expected)]
-    assert loss.item() == pytest.approx(
-        expected.item(), rel=1e-9
-    )  # margins are float32 numbers in `expected`
+    # margins are float32 numbers in `expected`
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
     assert torch.allclose(*gradients, rtol=1e-7)
     found = {name: value / reward_counts(3, 6).get(name, 1) for name, value in metrics.items()}
     assert found["accuracy"] == (chosen_N > rejected_N).double().mean()

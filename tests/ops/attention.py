@@ -113,11 +113,8 @@ class _SavedOutput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout_THE: Tensor) -> tuple[Tensor, Tensor, None]:
         (lost_THE,) = ctx.saved_tensors
-        return (
-            dout_THE.float(),
-            (dout_THE * lost_THE).sum(-1).T,
-            None,
-        )  # p is the derivative of the log-sum-exp
+        # p is the derivative of the log-sum-exp
+        return dout_THE.float(), (dout_THE * lost_THE).sum(-1).T, None
 
 
 def crowd_of(T: int, H: int, E: int) -> int:

@@ -62,9 +62,8 @@ class Problem:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("head", [HEAD, {"scale": 1.0, "softcap": None, "temperature": 1.0}], ids=str)
-@pytest.mark.parametrize(
-    "chunk_rows", [None, 1, 8, 37]
-)  # all; rows alone; a ragged last chunk; all by a number
+# all; rows alone; a ragged last chunk; all by a number
+@pytest.mark.parametrize("chunk_rows", [None, 1, 8, 37])
 def test_values_and_gradients(chunk_rows: int | None, head: dict, kind: str) -> None:
     problem = Problem()
     ours, whole = (

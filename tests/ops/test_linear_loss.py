@@ -156,9 +156,8 @@ def test_second_derivative_is_refused() -> None:
         ("linear_loss", linear_loss(*arguments, inputs.loss_fn)[0]),
         ("linear_token_logps", linear_token_logps(*arguments).sum()),
     ):
-        first = torch.autograd.grad(value, inputs.hidden_TD, create_graph=True)[
-            0
-        ]  # recorded, which is no crime
+        # recorded, which is no crime
+        first = torch.autograd.grad(value, inputs.hidden_TD, create_graph=True)[0]
         with pytest.raises(RuntimeError, match=f"{op} has no second derivative"):
             torch.autograd.grad(first.sum(), inputs.weight_VD)
 

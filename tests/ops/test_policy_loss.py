@@ -146,9 +146,8 @@ def test_metrics_by_hand() -> None:
     }  # fmt: skip
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected, rel=1e-5)
     assert all(value.ndim == 0 and not value.requires_grad for value in metrics.values())
-    k3 = kl_penalty(zeros_T, logps_T, kind="k3")[
-        :6
-    ].sum()  # of the old policy from the new, over the old one's tokens
+    # of the old policy from the new, over the old one's tokens
+    k3 = kl_penalty(zeros_T, logps_T, kind="k3")[:6].sum()
     assert metrics["approx_kl/k3"].item() == pytest.approx(k3.item(), rel=1e-6)
 
 

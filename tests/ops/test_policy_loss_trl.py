@@ -68,11 +68,8 @@ def trl_loss(tokens: Tokens, name: str, level: str, options: dict[str, Any], ent
 VARIANTS = {name: ["plain", "kl", "corrected kl"] for name in LOSSES if name != "ppo"}
 for name in ("grpo", "bnpo", "dr_grpo", "dapo"):
     VARIANTS[name].append("delta")
-for name in (
-    "bnpo",
-    "dapo",
-    "cispo",
-):  # for others TRL's entropy is averaged apart from the loss, ours as the loss
+# for others TRL's entropy is averaged apart from the loss, ours as the loss
+for name in ("bnpo", "dapo", "cispo"):
     VARIANTS[name].append("entropy")
 
 

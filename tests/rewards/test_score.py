@@ -396,12 +396,8 @@ def test_late_rewards_have_none_yet(kind: int) -> None:
 
     functions = [both_kinds(half)[kind], length, fails_last]
     scores = RewardSet(functions).score([""] * 4, TEXTS, sample_ids=[8, 7, 6, 5])
-    assert scores.late_N.tolist() == [
-        False,
-        True,
-        False,
-        False,
-    ]  # the last one failed: asking again is of no use
+    # the last one failed: asking again is of no use
+    assert scores.late_N.tolist() == [False, True, False, False]
     assert scores.rewards_N.isnan().tolist() == [False, True, False, True]
     assert scores.per_function_NF[1].tolist()[1:] == [2.0, 1.0]
     assert repr(LATE) == "LATE"

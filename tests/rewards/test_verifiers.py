@@ -47,10 +47,8 @@ def test_columns_of_references() -> None:
     assert judged(Numeric(), ["1"], **both) == [1]
     assert judged(Numeric(), ["2"], solution=["2"]) == [1]
     assert judged(Numeric(column="gold"), ["3"], **both) == [1]
-    assert judged(Numeric(), ["1", "1"], answer=[None, "1"]) == [
-        None,
-        1,
-    ]  # the first row is another function's
+    # the first row is another function's
+    assert judged(Numeric(), ["1", "1"], answer=[None, "1"]) == [None, 1]
     with pytest.raises(ValueError, match="compares with the column 'gold', and the rows have answer; rename"):
         Numeric(column="gold").require(["answer"], False)
 

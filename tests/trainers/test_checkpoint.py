@@ -59,9 +59,8 @@ CALLS = ("fsync", "rename", "open", "mkdir")
 @pytest.mark.parametrize("step", [2, 3])  # 2: a new checkpoint; 3 exists already and is replaced
 def test_death_at_every_call_leaves_a_good_checkpoint(tmp_path, monkeypatch, call, step):
     reached, fatal = 0, 0
-    while (
-        True
-    ):  # die at the first such call, then at the second, ... until a whole write has none left to die at
+    # die at the first such call, then at the second, ... until a whole write has none left to die at
+    while True:
         parent = tmp_path / f"{fatal}"
         checkpoint.write(parent, 1, fill(b"first"))
         checkpoint.write(parent, 3, fill(b"third"))

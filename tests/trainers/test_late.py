@@ -116,9 +116,8 @@ def test_weights_are_the_ratio_of_now_to_then(tmp_path, mode, beta):
             expected_L = torch.where(ratio > 1.1, 0.0, ratio).expand_as(ratio_L)
         cut += int((ratio_L > 1.1).any())
         assert torch.allclose(w_L, expected_L, atol=1e-4)
-        assert torch.allclose(
-            old_L, now_L, atol=1e-4
-        )  # the ratio of the step is to the policy that begins it
+        # the ratio of the step is to the policy that begins it
+        assert torch.allclose(old_L, now_L, atol=1e-4)
     assert cut > 0
     assert 0 < logged(trainer, "late/ess")[-1] < 1
     assert {"late/weight", "late/cut"} <= set(trainer.state.log_history[3])
@@ -141,11 +140,8 @@ def test_a_group_waits_for_its_last_member_and_its_advantages_are_those_of_all(t
     before = trainer.collect
     trainer.collect = lambda number: draws.append(before(number)) or draws[-1]
     trainer.train()
-    assert [len(of.trees) for of in draws] == [
-        4,
-        4,
-        8,
-    ]  # place 5's group is away twice, then back beside a new one
+    # place 5's group is away twice, then back beside a new one
+    assert [len(of.trees) for of in draws] == [4, 4, 8]
     in_time = make_trainer(tmp_path / "b", late_by(lambda place: 0), max_steps=1, learning_rate=0)
     in_time.train()
     for a, b in zip(draws[2].advantages[4:], in_time.experience.advantages[4:]):

@@ -285,9 +285,8 @@ def test_gradients_are_clipped_to_the_norm_and_no_further(tmp_path):
     for trainer, expected in ((loose, loose.state.log_history[0]["grad_norm"]), (tight, 0.01)):
         moments = [state["exp_avg"] for state in trainer.updater.optimizer.state.values()]
         assert torch.nn.utils.get_total_norm(moments).item() == pytest.approx(0.1 * expected, rel=1e-4)
-    assert (
-        loose.state.log_history[0]["grad_norm"] == tight.state.log_history[0]["grad_norm"]
-    )  # before clipping
+    # before clipping
+    assert loose.state.log_history[0]["grad_norm"] == tight.state.log_history[0]["grad_norm"]
 
 
 PAGE_FAULTS = """

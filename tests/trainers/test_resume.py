@@ -101,9 +101,8 @@ def test_resumed_at_every_step_equals_uninterrupted(tmp_path, case):
         resumed.train(resume_from_checkpoint=True)
         assert count.steps == list(range(step, 8))  # from the checkpoint, not from step 0
         assert same_bits(whole, resumed)
-        assert (
-            figures(resumed)[:-1] == figures(whole)[:-1]
-        )  # the last row is the mean over this process's steps
+        # the last row is the mean over this process's steps
+        assert figures(resumed)[:-1] == figures(whole)[:-1]
         for p, q in zip(whole.module.parameters(), resumed.module.parameters()):
             for name, value in whole.updater.optimizer.state.get(p, {}).items():
                 assert torch.equal(value, resumed.updater.optimizer.state[q][name])
@@ -224,9 +223,8 @@ def test_damage_in_any_file_is_named_and_the_checkpoint_before_used(tmp_path, ca
         trainer.train(resume_from_checkpoint=True)
         assert count.steps == [1]
         assert str(file) in caplog.text
-        with pytest.raises(
-            DamagedCheckpoint, match=file.name
-        ):  # a checkpoint asked for by name is used or refused
+        # a checkpoint asked for by name is used or refused
+        with pytest.raises(DamagedCheckpoint, match=file.name):
             make_trainer("sft", tmp_path, max_steps=2).train(resume_from_checkpoint=str(newest))
         file.write_bytes(intact)
 

@@ -165,9 +165,8 @@ def check_judges(loop: OnlineLoop) -> None:
 
 
 def _config(loop: OnlineLoop) -> dict[str, Any]:
-    return {
-        name: value for name, value in asdict(loop.config).items() if name != "db"
-    }  # which may hold a password
+    # which may hold a password
+    return {name: value for name, value in asdict(loop.config).items() if name != "db"}
 
 
 def _prompts(loop: OnlineLoop, round: Round) -> list[Any]:

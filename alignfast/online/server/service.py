@@ -107,9 +107,8 @@ class Service:
         self._seed = secrets.randbits(63)
         self._numbers = count()
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._encoding = (
-            threading.Lock()
-        )  # tokenizers that are used by two threads at once have been seen to fail
+        # tokenizers that are used by two threads at once have been seen to fail
+        self._encoding = threading.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._threads = ThreadPoolExecutor(_STORE_THREADS, thread_name_prefix="alignfast-server")
 

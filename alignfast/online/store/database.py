@@ -88,9 +88,8 @@ def _prepare_sqlite(engine: Engine) -> None:
         (mode,) = connection.execute("PRAGMA journal_mode=WAL").fetchone()
         if mode != "wal":
             raise StoreError(f"SQLite can't keep a write-ahead log here (it says {mode!r}); use a local disk")
-        connection.execute(
-            "PRAGMA synchronous=FULL"
-        )  # NORMAL may lose acknowledged votes when the power fails
+        # NORMAL may lose acknowledged votes when the power fails
+        connection.execute("PRAGMA synchronous=FULL")
         connection.execute("PRAGMA foreign_keys=ON")
         connection.execute(f"PRAGMA busy_timeout={_PATIENCE_SECONDS * 1000}")
         connection.execute("PRAGMA secure_delete=ON")  # what is deleted leaves the file, not the index alone

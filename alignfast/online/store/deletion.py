@@ -85,9 +85,8 @@ def _delete(store: Store, where: ColumnElement[bool], user: str | None) -> Delet
             connection.execute(delete(label_assignments).where(label_assignments.c.user_id == user))
         if not shown and not votes:
             return 0, 0, number, []
-        for some in chunks(
-            votes
-        ):  # those of other users on these answers go by cascade, and are counted here
+        # those of other users on these answers go by cascade, and are counted here
+        for some in chunks(votes):
             connection.execute(delete(feedback).where(feedback.c.seq.in_(some)))
         for some in chunks(shown):
             connection.execute(delete(responses).where(responses.c.id.in_(some)))

@@ -106,9 +106,8 @@ def import_file(
         if not skip_bad:
             raise DataError(f"{where}: {read}")
         skipped.append((where, read))
-    found.sort(
-        key=lambda read: max((vote.created for vote in read.votes), default=0.0)
-    )  # the last vote counts
+    # the last vote counts
+    found.sort(key=lambda read: max((vote.created for vote in read.votes), default=0.0))
     new = 0
     for at in range(0, len(found), _CHUNK):
         some = found[at : at + _CHUNK]

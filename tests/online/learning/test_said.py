@@ -47,9 +47,8 @@ def test_an_edit_counts_where_it_mends_the_answer() -> None:
     (mended,) = edited("The cat sat on the mat.")
     assert (mended.texts, mended.places) == (("The cat sat on the mat.", "The cat sat on a mat."), (1, 1))
     assert edited("The  cat sat on a mat. ") == edited("This is rubbish!") == []
-    assert (
-        edited("The cat sat on a mat. " * 4) == []
-    )  # it is still another text: three quarters of it are new
+    # it is still another text: three quarters of it are new
+    assert edited("The cat sat on a mat. " * 4) == []
     assert is_mended("", "a", 0.0)
 
 

@@ -135,9 +135,8 @@ def test_what_was_settled_by_hand_stands(store: Store, tmp_path: Path, share: fl
     assert duel(loop, run, round) == promote(loop, run, round) == "end"
     assert round.outcome == "policy-1 no longer serves: too rude"
     store.versions.roll_back()
-    store.versions.roll_back(
-        reasons=["still rude"]
-    )  # a learner that was killed while it promoted comes back now
+    # a learner that was killed while it promoted comes back now
+    store.versions.roll_back(reasons=["still rude"])
     assert duel(loop, run, round) == promote(loop, run, round) == "end"
     assert round.outcome == "policy-1 is rolled_back: still rude"
     assert serves(store) == "start"

@@ -246,9 +246,10 @@ def test_foreign_and_guessed_responses_can_not_be_voted_on(live: Live) -> None:
         vote(live, OTHER_KEY, response_id="chatcmpl-1"),
     )
     assert foreign.status_code == guessed.status_code == 404
+    # the two are not told apart
     assert foreign.json()["error"]["message"].replace(shown, "") == guessed.json()["error"][
         "message"
-    ].replace("chatcmpl-1", "")  # the two are not told apart
+    ].replace("chatcmpl-1", "")
     pair = vote(live, OTHER_KEY, response_id=own, kind="pair", value={"than": shown, "verdict": "better"})
     assert pair.status_code == 404
     assert not live.votes(own, "bob")
@@ -353,9 +354,8 @@ def test_an_admins_cookie_is_good_on_this_servers_page_alone(live: Live) -> None
         )
         asked = {"Origin": "http://localhost:1", "Access-Control-Request-Method": "POST"}
         asked["Access-Control-Request-Headers"] = PAGE_HEADER
-        answer = http.options(
-            "/v1/loop/rollback", headers=asked
-        )  # which is how a browser asks whether it may
+        # which is how a browser asks whether it may
+        answer = http.options("/v1/loop/rollback", headers=asked)
         assert answer.status_code == 405
         assert not [name for name in answer.headers if name.startswith("access-control")]
 

@@ -119,9 +119,8 @@ def check(folder: Path, writers: int, kills: int, seed: int) -> None:
         writing = writers_of(server)
         assert len(writing) == 1
         os.kill(writing[0], signal.SIGKILL)
-        wait_for(
-            wanted + writers, crowd, server
-        )  # who was answered before the kill may be told of it only then
+        # who was answered before the kill may be told of it only then
+        wait_for(wanted + writers, crowd, server)
         if killed == kills:
             for writer in crowd:
                 writer.over = True
