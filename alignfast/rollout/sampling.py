@@ -48,7 +48,7 @@ class Sampling:
         for name in ("max_new_tokens", "n"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.temperature < 0 or self.top_k < 0:
+        if not self.temperature >= 0 or self.top_k < 0:  # nor NaN
             raise ValueError(f"temperature and top_k must be >= 0, got {self.temperature} and {self.top_k}")
         if not 0 < self.top_p <= 1 or not 0 <= self.min_p < 1:
             raise ValueError(f"expected 0 < top_p <= 1 and 0 <= min_p < 1, got {self.top_p} and {self.min_p}")

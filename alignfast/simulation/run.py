@@ -57,14 +57,24 @@ class SimulationConfig:
     sft_rows: int = 12_000
     """Answers of the grammar that the start policy is fine-tuned on."""
     hidden_size: int = 128
-    """Width of the Llama."""
+    """Width of the Llama, a multiple of 8."""
     seed: int = 0
     """Of everything drawn."""
 
     def __post_init__(self) -> None:
-        for name, least in (("rounds", 1), ("people", 10), ("visits", self.people), ("steps", 1)):
+        for name, least in (
+            ("rounds", 1),
+            ("people", 10),
+            ("visits", self.people),
+            ("steps", 1),
+            ("sft_rows", 1),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.hidden_size < 8 or self.hidden_size % 8:
+            raise ValueError(f"hidden_size must be a multiple of 8, for four heads, got {self.hidden_size}")
+        if self.drift is not None and self.drift < 1:
+            raise ValueError(f"drift must be at least 1, or None for never, got {self.drift}")
         if not 0 <= self.contrarians < 0.5:
             raise ValueError(f"contrarians must lie in [0, 0.5), got {self.contrarians}")
 

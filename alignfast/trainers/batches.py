@@ -69,9 +69,8 @@ def join_data(
                 f"row {row} has {longest} tokens and the model's positions end at {positions}: set max_length to that or "
                 "less"
             )
-        cut(
-            [tree], config.layout, config.max_tokens_per_batch, [row]
-        )  # refuses a row that alone is over the budget
+        # refuses a row that alone is over the budget
+        cut([tree], config.layout, config.max_tokens_per_batch, [row])
     first = sum(len(data.trees) for data in known)
     known.append(Data(prepared.trees, prepared.rows, prepared.report, first))
     return known[-1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -182,6 +183,8 @@ class TrainerConfig:
     """Seed of the order of rows."""
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            self._require(not (isinstance(value, float) and math.isnan(value)), name, "a number")
         if self.output_dir is not None:
             object.__setattr__(self, "output_dir", os.path.expanduser(os.fspath(self.output_dir)))
         object.__setattr__(self, "resume_from_checkpoint", resume_option(self.resume_from_checkpoint))
@@ -197,6 +200,8 @@ class TrainerConfig:
             self._require(value is None or value >= 1, name, "at least 1, or None")
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "eval_delay"):
             self._require(getattr(self, name) >= 0, name, "at least 0")
+        weight = self.router_aux_loss_coef
+        self._require(weight is None or weight >= 0, "router_aux_loss_coef", "at least 0, or None")
         for name in ("logging_steps", "save_steps", "eval_steps"):
             value = getattr(self, name)
             self._require(value is None or value > 0, name, "above 0")

@@ -76,9 +76,8 @@ class DPOConfig(TrainerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        dpo_loss(
-            (), None, None, num_pairs=1, num_chosen_tokens=1, **self.loss_options
-        )  # tells a wrong option
+        # tells a wrong option
+        dpo_loss((), None, None, num_pairs=1, num_chosen_tokens=1, **self.loss_options)
 
 
 class DPOTrainer(Trainer):

@@ -77,6 +77,8 @@ class GRPOConfig(OnPolicyConfig):
         self._require(
             self.num_generations >= 2, "num_generations", "at least 2: a group compares its members"
         )
+        asked = self.num_generations_eval
+        self._require(asked is None or asked >= 1, "num_generations_eval", "at least 1, or None")
         self._require(self.dynamic_sampling_rounds >= 0, "dynamic_sampling_rounds", "at least 0")
         self._choose("scale_rewards", "group", "batch", "none")
         self._choose("late_importance_sampling_mode", *MODES)
@@ -152,7 +154,8 @@ class GRPOTrainer(OnPolicyTrainer):
     @property
     def completions_in_evaluation(self) -> int:
         """Completions of each held-out prompt."""
-        return self.args.num_generations_eval or self.args.num_generations
+        asked = self.args.num_generations_eval
+        return self.args.num_generations if asked is None else asked
 
     def _teaches(self, row: int) -> bool:
         """Whether a completion has a gradient: with an advantage of 0, only a KL or entropy term gives it one."""

@@ -93,9 +93,8 @@ class LateRewards:
         """Put the log-probs of the policy now in the place of those of then, and weights beside them; on all ranks."""
         trainer, args = self.trainer, self.trainer.args
         rows = [i for i, of in enumerate(drawn) if of.age]
-        if (
-            not rows or "importance_weights" in experience.more
-        ):  # of another engine's tokens: of now to then already
+        # of another engine's tokens: of now to then already
+        if not rows or "importance_weights" in experience.more:
             return
         trainer.policy.eval()  # as the engine samples
 

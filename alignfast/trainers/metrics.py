@@ -40,9 +40,8 @@ class Meter:
         self._of_this_step |= metrics.keys()
         for name, value in metrics.items():
             value = value if counts else torch.full_like(value, _IDENTITY[_kind(name)])
-            value = value.detach().to(
-                self.device, torch.float64
-            )  # 1e6 tokens in float32 lose their last digits
+            # 1e6 tokens in float32 lose their last digits
+            value = value.detach().to(self.device, torch.float64)
             known = self.totals.get(name)
             self.totals[name] = value if known is None else _combine(name, torch.stack((known, value)))
 

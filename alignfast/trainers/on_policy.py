@@ -10,6 +10,7 @@ Letters: N completions, F reward functions.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -106,15 +107,25 @@ class OnPolicyConfig(TrainerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(self.max_length is None, "max_length", "None: prompts are never cut")
-        for name in ("num_iterations", "max_completion_length", "num_completions_to_print"):
+        for name in (
+            "num_iterations",
+            "steps_per_generation",
+            "max_completion_length",
+            "num_completions_to_print",
+        ):
             value = getattr(self, name)
             self._require(value is None or value >= 1, name, "at least 1")
-        self._require(self.temperature > 0, "temperature", "above 0")
+        for name in ("temperature", "reward_timeout", "vllm_server_timeout"):
+            self._require(getattr(self, name) > 0, name, "above 0")
         self._choose("engine", *ENGINES)
         for name in ("cuda_graphs", "decode_backend"):
             fits = self.engine == "native" or getattr(self, name) is None
             self._require(fits, name, "None where the engine is not native")
         self._choose("vllm_importance_sampling_mode", *MODES)
+        cap, floor = self.vllm_importance_sampling_clip_max, self.vllm_importance_sampling_clip_min
+        self._require(cap is None or cap > 0, "vllm_importance_sampling_clip_max", "above 0, or None")
+        fits = floor is None or 0 <= floor <= (math.inf if cap is None else cap)
+        self._require(fits, "vllm_importance_sampling_clip_min", "between 0 and the cap, or None")
         given = self.vllm_server_base_url is not None
         self._require(
             given == (self.engine == "vllm"),
@@ -134,7 +145,8 @@ class OnPolicyConfig(TrainerConfig):
     @property
     def micro_batches_per_draw(self) -> int:
         """`steps_per_generation` with its default."""
-        return self.steps_per_generation or self.gradient_accumulation_steps
+        given = self.steps_per_generation
+        return self.gradient_accumulation_steps if given is None else given
 
     def sampling(self, n: int) -> Sampling:
         """How completions are drawn."""

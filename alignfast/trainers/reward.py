@@ -137,9 +137,8 @@ class RewardTrainer(Trainer):
 
     def after_evaluation(self, data: Data) -> dict[str, float]:
         """Accuracy's interval and the calibration error; the bins go to a file, for the report."""
-        leads_Q = (
-            self.accelerator.gather(self.leads_Q[None]).nanmean(0).cpu()
-        )  # a row is on one rank, or fills up
+        # a row is on one rank, or fills up
+        leads_Q = self.accelerator.gather(self.leads_Q[None]).nanmean(0).cpu()
         if not leads_Q.isfinite().all():
             return dict.fromkeys(("accuracy_low", "accuracy_high", "ece"), math.nan)
         found = calibration(

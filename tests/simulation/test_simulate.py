@@ -42,8 +42,12 @@ def test_the_drift_is_of_long_answers_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [dict(rounds=0), dict(people=9), dict(visits=59), dict(steps=0), dict(contrarians=0.5)]
-)
+    "wrong",
+    [
+        dict(rounds=0), dict(people=9), dict(visits=59), dict(steps=0), dict(contrarians=0.5), dict(drift=0),
+        dict(sft_rows=0), dict(hidden_size=100),
+    ],
+)  # fmt: skip
 def test_sizes_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
     (name,) = wrong
     with pytest.raises(ValueError, match=f"^{name} must"):

@@ -13,7 +13,16 @@ import pytest
 from trainers.tiny import make_llama, make_pairs, make_rows, make_tokenizer
 
 import alignfast
-from alignfast import DPOConfig, DPOTrainer, KTOConfig, RewardConfig, SFTConfig, SFTTrainer
+from alignfast import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    KTOConfig,
+    PPOConfig,
+    RewardConfig,
+    SFTConfig,
+    SFTTrainer,
+)  # fmt: skip
 from alignfast.trainers.plan import Plan, steps_per_epoch
 from alignfast.trainers.refused import REFUSED
 
@@ -49,6 +58,15 @@ def test_defaults_are_trl_s(config_class):
     config = config_class()
     expected = {**DEFAULTS, **OWN[config_class]}
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("config_class", [*OWN, GRPOConfig, PPOConfig])
+def test_nan_is_no_value_of_any_option(config_class):
+    names = [field.name for field in dataclasses.fields(config_class) if str(field.type).startswith("float")]
+    assert "learning_rate" in names
+    for name in names:
+        with pytest.raises(ValueError, match=f"{name} must be a number, got nan"):
+            config_class(**{name: float("nan")})
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -218,9 +218,8 @@ def test_what_has_no_reward_is_left_out_never_scored_0(tmp_path, caplog):
     trainer = make_trainer(tmp_path, fails_once, max_steps=1, beta=0.1)
     trainer.train()
     experience = trainer.experience
-    assert [len(a) == 0 for a in experience.advantages] == [
-        i % 4 == 1 for i in range(8)
-    ]  # nor has it a KL term
+    # nor has it a KL term
+    assert [len(a) == 0 for a in experience.advantages] == [i % 4 == 1 for i in range(8)]
     advantages = [a[0].item() for a in experience.advantages if len(a)]
     assert advantages[:3] == pytest.approx([-1.0911, 0.2182, 0.8729], abs=1e-3)  # of 1, 3 and 4
     assert logged(trainer, "unscored") == [0.25]
@@ -405,6 +404,11 @@ def test_metrics_bear_trls_names(tmp_path):
         (dict(temperature=0), "temperature must be above 0"),
         (dict(loss_type="gpro"), "loss_type is 'gpro'; known are"),
         (dict(steps_per_generation=3, gradient_accumulation_steps=2), "steps_per_generation must be a multiple of 2"),
+        (dict(steps_per_generation=0), "steps_per_generation must be at least 1, got 0"),
+        (dict(num_generations_eval=0), "num_generations_eval must be at least 1, or None, got 0"),
+        (dict(reward_timeout=0), "reward_timeout must be above 0, got 0"),
+        (dict(vllm_importance_sampling_clip_max=0.0), "vllm_importance_sampling_clip_max must be above 0, or None"),
+        (dict(vllm_importance_sampling_clip_min=4.0), "vllm_importance_sampling_clip_min must be between 0 and the cap"),
         (dict(scale_rewards="groups"), "scale_rewards must be one of group, batch, none"),
         (dict(max_length=64), "max_length must be None"),
         (dict(engine="vlm"), "engine must be one of native, transformers, vllm"),
@@ -511,9 +515,8 @@ def test_another_engines_tokens_are_weighed(tmp_path, off, weight):
 
     trainer.before_training = with_another_engine
     trainer.train()
-    assert logged(trainer, "ratio")[0] == pytest.approx(
-        1.0, abs=1e-5
-    )  # against the policy's own, not the engine's
+    # against the policy's own, not the engine's
+    assert logged(trainer, "ratio")[0] == pytest.approx(1.0, abs=1e-5)
     for weights in trainer.experience.more["importance_weights"]:
         assert torch.allclose(weights, torch.tensor(weight), atol=1e-4)
     assert logged(trainer, "sampling/sampling_logp_difference/mean")[0] == pytest.approx(-off, abs=1e-4)
