@@ -9,10 +9,10 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from trainers.tiny import make_llama, make_pairs, make_rankings, make_rows, make_tokenizer
+from trainers.tiny import make_llama, make_pairs, make_rankings, make_rows, make_thumbs, make_tokenizer
 from transformers import AutoModelForCausalLM
 
-from alignfast import DPOConfig, DPOTrainer, GRPOTrainer, PPOTrainer, RewardTrainer, SFTTrainer
+from alignfast import DPOConfig, DPOTrainer, GRPOTrainer, KTOTrainer, PPOTrainer, RewardTrainer, SFTTrainer
 from alignfast.models import ModelRefused, load_policy, load_reward_model
 from alignfast.models.four_bit import FourBit, arithmetic_of, has_packed_weights, num_weights
 from alignfast.models.head import head_of
@@ -27,6 +27,7 @@ REWARD = dict(reward_funcs=lambda completions, **_: [float(len(x)) for x in comp
 CASES = {
     "sft": (SFTTrainer, make_rows, {}),
     "dpo": (DPOTrainer, make_pairs, {}),
+    "kto": (KTOTrainer, make_thumbs, {}),
     "reward": (RewardTrainer, make_rankings, {}),
     "grpo": (GRPOTrainer, make_rows, dict(REWARD, num_generations=4, beta=0.1, max_completion_length=4)),
     "ppo": (PPOTrainer, make_rows, dict(REWARD, max_completion_length=4)),
@@ -104,7 +105,7 @@ def test_a_packed_model_is_trained_with_adapters_alone(tmp_path):
         make("sft", with_packed_trunk(), tmp_path)
 
 
-@pytest.mark.parametrize("case", ["sft", "dpo", "grpo", "ppo"])
+@pytest.mark.parametrize("case", ["sft", "dpo", "kto", "grpo", "ppo"])
 def test_packed_trains_as_what_it_stands_for(tmp_path, case):
     """Layouts, probe, native engine, reference, critic, checkpoint: all as with the same weights in float32."""
     plain = with_packed_trunk()
