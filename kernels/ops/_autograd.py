@@ -38,6 +38,22 @@ def only_once(
     return _Once.apply(op, gradients, *inputs)
 
 
+def saved_is_ours(upstream: Tensor) -> bool:
+    """Whether the backward pass that runs now may overwrite what its op saved, since nobody reads it any more.
+
+    Not where the graph is kept for another pass, recorded or traced, nor where the upstream gradient stands for several
+    (`is_grads_batched`, `torch.vmap`). Torch has no public name for these; its own compiled graphs ask the same.
+    """
+    functorch: Any = torch._C._functorch
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or functorch.is_functorch_wrapped_tensor(upstream)
+        or functorch.is_legacy_batchedtensor(upstream)
+        or torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+    )
+
+
 class _Once(torch.autograd.Function):
     """A function of its inputs that can't be differentiated. Inside `forward` they are plain tensors, which may be
     mixed with workspaces; in a backward pass under torch.func they are not."""

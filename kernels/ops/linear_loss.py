@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from alignfast.kernels._autograd import Function, only_once
+from alignfast.kernels._autograd import Function, only_once, saved_is_ours
 from alignfast.kernels._backend import resolve
 from alignfast.kernels._head import Head, autocast_head, check_head, chunk_rows_for, loss_scale
 from alignfast.kernels._targets import check_targets
@@ -369,13 +369,12 @@ class _WithGradients(Function):
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         *leaves, dhidden_TD, dweight_VD, dbias_V = ctx.saved_tensors
-        dtype = leaves[0].dtype
+        dtype, known = leaves[0].dtype, (dhidden_TD, dweight_VD, dbias_V)
+        if saved_is_ours(dloss):  # a second copy of the weight's gradient may be the most memory of a step
+            scaled = (None if x is None else x.mul_(dloss).to(dtype) for x in known)
+            return (None, *scaled, None, None, None)
 
         def gradients(dloss: Tensor, *known_and_leaves: Tensor | None) -> tuple[Tensor | None, ...]:
-            # Out of place: the saved gradients must survive a second backward through a retained graph
-            return tuple(
-                None if known is None else (known * dloss).to(dtype) for known in known_and_leaves[:3]
-            )
+            return tuple(None if x is None else (x * dloss).to(dtype) for x in known_and_leaves[:3])
 
-        known = (dhidden_TD, dweight_VD, dbias_V)
         return (None, *only_once("linear_loss", gradients, dloss, *known, *leaves), None, None, None)

@@ -178,6 +178,35 @@ def test_backward_twice_gives_the_same() -> None:
     assert all(torch.equal(x, y) for x, y in zip(first, second))
 
 
+def test_gradients_of_several_upstreams_at_once() -> None:
+    inputs = Inputs()
+    upstream_2 = torch.tensor([1.0, -2.0], dtype=torch.float64)
+
+    def loss() -> Tensor:
+        return linear_loss(inputs.hidden_TD, inputs.weight_VD, inputs.targets_T, inputs.loss_fn)[0]
+
+    def gradient(loss: Tensor, upstream: Tensor, **options: bool) -> Tensor:
+        return torch.autograd.grad(loss, inputs.hidden_TD, upstream.to(loss.dtype), **options)[0]
+
+    expected_2TD = torch.stack([gradient(loss(), one) for one in upstream_2])
+    assert torch.equal(gradient(loss(), upstream_2, is_grads_batched=True), expected_2TD)
+    assert torch.equal(torch.vmap(gradient, (None, 0))(loss(), upstream_2), expected_2TD)
+
+
+def test_the_weights_gradient_is_held_once() -> None:
+    """What the walk summed is what `weight.grad` is in the end; a graph that is kept must keep its own."""
+    inputs = Inputs()
+    arguments = (inputs.hidden_TD, inputs.weight_VD, inputs.targets_T, inputs.loss_fn)
+    for kept in (False, True):
+        loss, _ = linear_loss(*arguments)
+        summed = loss.grad_fn.saved_tensors[4]  # type: ignore[union-attr]
+        place = summed.data_ptr()
+        del summed
+        inputs.weight_VD.grad = None
+        (3 * loss).backward(retain_graph=kept)
+        assert (inputs.weight_VD.grad.data_ptr() == place) is not kept
+
+
 def test_gradients_add_up_over_calls_in_flight() -> None:
     """Two losses formed before either backward: the lent workspaces must not be shared between them."""
     inputs = Inputs()
