@@ -6,6 +6,7 @@ the two lines are what the machine itself reached in the same run, so no point c
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -262,10 +263,14 @@ def growth_plot(rows: Sequence[Row], what: str, colours: dict[str, str]) -> Figu
 
 
 def _size_text(size: float) -> str:
-    """Powers of two by 1024, other thousands by 1000."""
+    """Powers of two by 1024, other thousands by 1000.
+
+    >>> [_size_text(size) for size in (64, 65_536, 151_936, 256_000)]
+    ['64', '64k', '152k', '256k']
+    """
     if size < 1000:
         return f"{size:g}"
-    return f"{size / 1024:g}k" if size % 1024 == 0 else f"{size / 1000:.0f}k"
+    return f"{size / (1024 if math.log2(size).is_integer() else 1000):.0f}k"
 
 
 def _sweep_groups(run: Run) -> dict[str, list[Row]]:

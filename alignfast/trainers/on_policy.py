@@ -306,7 +306,7 @@ class OnPolicyTrainer(Trainer):
     def trains_on(self, of: Drawn) -> bool:
         """Whether a completion's tokens carry loss: not without a reward, of whatever kind the loss is."""
         cut = self.args.mask_truncated_completions and of.completion.finish_reason == "length"
-        return of.reward == of.reward and not cut
+        return not math.isnan(of.reward) and not cut
 
     def collect(self, number: int) -> Experience:
         """Draw completions, and say what each is worth."""
