@@ -188,18 +188,13 @@ class TrainerConfig:
         if self.output_dir is not None:
             object.__setattr__(self, "output_dir", os.path.expanduser(os.fspath(self.output_dir)))
         object.__setattr__(self, "resume_from_checkpoint", resume_option(self.resume_from_checkpoint))
-        at_least_one = (
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "per_device_eval_batch_size",
+        self._at_least(
+            1, "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size"
         )
-        for name in at_least_one:
-            self._require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("max_length", "max_tokens_per_batch", "save_total_limit"):
             value = getattr(self, name)
             self._require(value is None or value >= 1, name, "at least 1, or None")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "eval_delay"):
-            self._require(getattr(self, name) >= 0, name, "at least 0")
+        self._at_least(0, "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "eval_delay")
         weight = self.router_aux_loss_coef
         self._require(weight is None or weight >= 0, "router_aux_loss_coef", "at least 0, or None")
         for name in ("logging_steps", "save_steps", "eval_steps"):
@@ -231,6 +226,12 @@ class TrainerConfig:
     def _require(self, holds: bool, name: str, expected: str) -> None:
         if not holds:
             raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+    def _at_least(self, least: float, *names: str) -> None:
+        """None is for options whose default it is."""
+        for name in names:
+            value, default = getattr(self, name), getattr(type(self), name)
+            self._require(default is None if value is None else value >= least, name, f"at least {least}")
 
     def _choose(self, name: str, *choices: str | None) -> None:
         self._require(getattr(self, name) in choices, name, "one of " + ", ".join(map(str, choices)))

@@ -154,8 +154,7 @@ class GRPOTrainer(OnPolicyTrainer):
     @property
     def completions_in_evaluation(self) -> int:
         """Completions of each held-out prompt."""
-        asked = self.args.num_generations_eval
-        return self.args.num_generations if asked is None else asked
+        return self.args.num_generations_eval or self.args.num_generations
 
     def _teaches(self, row: int) -> bool:
         """Whether a completion has a gradient: with an advantage of 0, only a KL or entropy term gives it one."""

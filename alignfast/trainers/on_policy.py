@@ -107,14 +107,8 @@ class OnPolicyConfig(TrainerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(self.max_length is None, "max_length", "None: prompts are never cut")
-        for name in (
-            "num_iterations",
-            "steps_per_generation",
-            "max_completion_length",
-            "num_completions_to_print",
-        ):
-            value = getattr(self, name)
-            self._require(value is None or value >= 1, name, "at least 1")
+        self._at_least(1, "num_iterations", "steps_per_generation")
+        self._at_least(1, "max_completion_length", "num_completions_to_print")
         for name in ("temperature", "reward_timeout", "vllm_server_timeout"):
             self._require(getattr(self, name) > 0, name, "above 0")
         self._choose("engine", *ENGINES)
@@ -126,12 +120,8 @@ class OnPolicyConfig(TrainerConfig):
         self._require(cap is None or cap > 0, "vllm_importance_sampling_clip_max", "above 0, or None")
         fits = floor is None or 0 <= floor <= (math.inf if cap is None else cap)
         self._require(fits, "vllm_importance_sampling_clip_min", "between 0 and the cap, or None")
-        given = self.vllm_server_base_url is not None
-        self._require(
-            given == (self.engine == "vllm"),
-            "vllm_server_base_url",
-            "given with engine='vllm', and only then",
-        )
+        fits = (self.vllm_server_base_url is not None) == (self.engine == "vllm")
+        self._require(fits, "vllm_server_base_url", "given with engine='vllm', and only then")
         accumulated = self.gradient_accumulation_steps
         self._require(
             self.micro_batches_per_draw % accumulated == 0,
@@ -145,8 +135,7 @@ class OnPolicyConfig(TrainerConfig):
     @property
     def micro_batches_per_draw(self) -> int:
         """`steps_per_generation` with its default."""
-        given = self.steps_per_generation
-        return self.gradient_accumulation_steps if given is None else given
+        return self.steps_per_generation or self.gradient_accumulation_steps
 
     def sampling(self, n: int) -> Sampling:
         """How completions are drawn."""

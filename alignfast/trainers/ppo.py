@@ -97,8 +97,7 @@ class PPOConfig(OnPolicyConfig):
         self._choose("kl_estimator", *KINDS)
         for name in ("gamma", "lam"):
             self._require(0 <= getattr(self, name) <= 1, name, "in [0, 1]")
-        for name in ("kl_coef", "critic_learning_rate"):
-            self._require((getattr(self, name) or 0) >= 0, name, "at least 0")
+        self._at_least(0, "kl_coef", "critic_learning_rate")
         for name in ("vf_coef", "target_kl", "cliprange_value", "missing_eos_penalty", "kl_horizon"):
             value = getattr(self, name)
             self._require(value is None or value > 0, name, "above 0")

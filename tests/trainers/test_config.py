@@ -69,6 +69,13 @@ def test_nan_is_no_value_of_any_option(config_class):
             config_class(**{name: float("nan")})
 
 
+@pytest.mark.parametrize("name", ["learning_rate", "per_device_train_batch_size", "num_iterations"])
+def test_none_is_for_options_whose_default_it_is(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least [01], got None"):
+        GRPOConfig(**{name: None})
+    assert GRPOConfig(steps_per_generation=None).micro_batches_per_draw == 1
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_options_without_a_counterpart_are_refused_with_the_reason(name):
     assert name not in {field.name for field in dataclasses.fields(SFTConfig)}
