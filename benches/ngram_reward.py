@@ -3,12 +3,13 @@
     p(chosen beats rejected) = sigmoid(w . (f(chosen) - f(rejected)))        f: which words and pairs of words are in a text
     w = argmin mean_n softplus(-w . x_n) + l2 / 2 |w|^2
 
-    python benches/ngram_reward.py pairs_train.jsonl pairs_eval.jsonl --against eval.json
+    python benches/ngram_reward.py --fold pairs_train.jsonl pairs_eval.jsonl eval.json
 
-where eval.json is what `alignfast eval --model REWARD_MODEL --dataset pairs_eval.jsonl --output eval.json` wrote. Length of
-the n-grams, counts or mere presence, and l2 are those that are right most often in five-fold cross-validation by prompt on
-the training rows; then all of them are used. `--max_tokens 256 --tokenizer MODEL` trains on what a reward model of that
-max_length sees.
+where eval.json is what `alignfast eval --model REWARD_MODEL --dataset pairs_eval.jsonl --output eval.json` wrote; without it
+the n-grams stand alone. Several `--fold`, each with a reward model of its own, are cross-validation: the figures are those of
+all held-out rows together. Length of the n-grams, counts or mere presence, and l2 are those that are right most often in
+five-fold cross-validation by prompt on a fold's training rows; then all of them are used. `--max_tokens 256 --tokenizer
+MODEL` trains on what a reward model of that max_length sees.
 
 Letters: N pairs, F features, E entries that are not 0.
 """
@@ -43,6 +44,14 @@ class Settings(NamedTuple):
     longest: int
     counted: bool
     l2: float
+
+
+class Fold(NamedTuple):
+    """Rows to train on, rows held out, and what `alignfast eval` says of a reward model on some of those."""
+
+    train: Sequence[Row]
+    held_out: Sequence[Row]
+    against: dict[str, Any] | None
 
 
 class Pairs(NamedTuple):
@@ -145,21 +154,31 @@ def leads(train: Sequence[Row], held_out: Sequence[Row], settings: Settings) -> 
     return (asked.matrix(columns) @ fit(seen.matrix(columns), settings.l2)).numpy()
 
 
-def compare(train: Sequence[Row], held_out: Sequence[Row], against: dict[str, Any] | None) -> list[str]:
-    """What is printed: the n-gram model's accuracy, and beside a reward model's on the rows that it scored."""
-    settings = choose(train)
-    rows = range(len(held_out)) if against is None else against["rows"]
-    prompts = [held_out[i]["prompt"] for i in rows]
-    hit_N = right(leads(train, [held_out[i] for i in rows], settings))
-    kind = "counted" if settings.counted else "noted once"
-    lines = [
-        f"{len(train)} pairs to train on; {len(prompts)} held out, of {len(set(prompts))} prompts",
-        f"n-grams          {proportion(hit_N, prompts)}  up to {settings.longest} words, {kind}, l2 {settings.l2}",
+def compare(folds: Sequence[Fold]) -> list[str]:
+    """What is printed: the n-gram models' accuracy, and beside reward models' on the rows that those scored."""
+    prompts: list[str] = []
+    word_hits, model_hits, lines = [], [], []
+    for train, held_out, against in folds:
+        settings = choose(train)
+        rows = range(len(held_out)) if against is None else against["rows"]
+        asked = [held_out[i] for i in rows]
+        prompts += [row["prompt"] for row in asked]
+        word_hits.append(right(leads(train, asked, settings)))
+        if against is not None:
+            model_hits.append(right(against["leads"]))
+        lines.append(
+            f"{len(train)} pairs to train on, {len(asked)} held out; "
+            f"n-grams up to {settings.longest} words, {'counted' if settings.counted else 'noted once'}, l2 {settings.l2}"
+        )
+    hit_N = np.concatenate(word_hits)
+    lines += [
+        f"held out         {len(prompts)} pairs of {len(set(prompts))} prompts",
+        f"n-grams          {proportion(hit_N, prompts)}",
     ]
-    if against is not None:
-        model_N = right(against["leads"])
+    if model_hits:
+        model_N = np.concatenate(model_hits)
         lines += [
-            f"reward model     {proportion(model_N, prompts)}  {against['model']}",
+            f"reward model     {proportion(model_N, prompts)}",
             f"their difference {paired_difference(model_N, hit_N, prompts)}",
         ]
     return lines
@@ -183,19 +202,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("train")
-    parser.add_argument("held_out")
-    parser.add_argument("--against", help="JSON of `alignfast eval` of a reward model on held_out")
+    parser.add_argument(
+        "--fold",
+        nargs="+",
+        action="append",
+        required=True,
+        metavar="FILE",
+        help="pairs to train on, pairs held out, and what `alignfast eval` of a reward model wrote about those",
+    )
     parser.add_argument("--max_tokens", type=int, help="leave longer training rows out")
     parser.add_argument("--tokenizer", help="what counts those tokens")
     options = parser.parse_args()
     if (options.max_tokens is None) != (options.tokenizer is None):
         parser.error("--max_tokens and --tokenizer go together")
-    train, held_out = (list(load_rows(name)) for name in (options.train, options.held_out))
-    if options.max_tokens is not None:
-        train = no_longer(train, options.tokenizer, options.max_tokens)
-    against = None if options.against is None else json.loads(Path(options.against).read_text())
-    print("\n".join(compare(train, held_out, against)))
+    if {len(files) for files in options.fold} not in ({2}, {3}):
+        parser.error("each --fold takes two files, or each three: TRAIN HELD_OUT [EVAL]")
+    folds = []
+    for train_file, held_out_file, *eval_file in options.fold:
+        train, held_out = (list(load_rows(name)) for name in (train_file, held_out_file))
+        if options.max_tokens is not None:
+            train = no_longer(train, options.tokenizer, options.max_tokens)
+        against = json.loads(Path(eval_file[0]).read_text()) if eval_file else None
+        folds.append(Fold(train, held_out, against))
+    print("\n".join(compare(folds)))
 
 
 if __name__ == "__main__":

@@ -52,22 +52,37 @@ def test_settings_are_chosen_by_what_generalises() -> None:
     assert choose(rows_of(40, "order")).longest > 1
 
 
+@pytest.mark.parametrize("num_folds", [1, 2])
 def test_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    num_folds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A reward model that is always right beside n-grams that can tell nothing; only the rows that it scored count."""
-    for name, rows in (("train", rows_of(40, "nothing")), ("held_out", rows_of(40, "nothing", seed=1))):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    eval_json = {"model": "perfect", "rows": list(range(30)), "leads": [1.0] * 30}
-    (tmp_path / "eval.json").write_text(json.dumps(eval_json))
+    """Reward models that are always right beside n-grams that can tell nothing; only the rows that they scored count."""
+    arguments = ["ngram_reward.py"]
+    for fold in range(num_folds):
+        for seed, name in enumerate(("train", "held_out")):
+            rows = rows_of(40, "nothing", seed=2 * fold + seed)
+            rows = [{**row, "prompt": f"{fold} {row['prompt']}"} for row in rows]
+            (tmp_path / f"{name}_{fold}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        eval_json = {"model": "perfect", "rows": list(range(30)), "leads": [1.0] * 30}
+        (tmp_path / f"eval_{fold}.json").write_text(json.dumps(eval_json))
+        arguments += ["--fold", f"train_{fold}.jsonl", f"held_out_{fold}.jsonl", f"eval_{fold}.json"]
     monkeypatch.setattr(ngram_reward, "L2S", (0.1,))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        sys, "argv", ["ngram_reward.py", "train.jsonl", "held_out.jsonl", "--against", "eval.json"]
-    )
+    monkeypatch.setattr(sys, "argv", arguments)
     ngram_reward.main()
-    counts, words, model, difference = capsys.readouterr().out.splitlines()
-    assert counts == "40 pairs to train on; 30 held out, of 15 prompts"
+    *folds, counts, words, model, difference = capsys.readouterr().out.splitlines()
+    assert len(folds) == num_folds
+    assert all(line.startswith("40 pairs to train on, 30 held out; n-grams up to ") for line in folds)
+    assert counts.split(maxsplit=2)[2] == f"{30 * num_folds} pairs of {15 * num_folds} prompts"
     assert "1.000 (95 %" in model
     gain = 1 - float(words.split()[1])
     assert difference.startswith(f"their difference {gain:.3f} (95 %")
+
+
+def test_folds_with_and_without_a_reward_model_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ngram_reward.py", "--fold", "a", "b", "c", "--fold", "a", "b"])
+    with pytest.raises(SystemExit):
+        ngram_reward.main()
+    assert "each --fold takes two files, or each three" in capsys.readouterr().err
