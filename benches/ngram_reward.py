@@ -5,8 +5,8 @@
 
     python benches/ngram_reward.py --fold pairs_train.jsonl pairs_eval.jsonl eval.json
 
-where eval.json is what `alignfast eval --model REWARD_MODEL --dataset pairs_eval.jsonl --output eval.json` wrote; without it
-the n-grams stand alone. Several `--fold`, each with a reward model of its own, are cross-validation: the figures are those of
+where eval.json is what `alignfast eval --model MODEL --dataset pairs_eval.jsonl --output eval.json` wrote of a reward model,
+or of a policy, which then counts by its implicit reward; without it the n-grams stand alone. Several `--fold`, each with a reward model of its own, are cross-validation: the figures are those of
 all held-out rows together. Length of the n-grams, counts or mere presence, and l2 are those that are right most often in
 five-fold cross-validation by prompt on a fold's training rows; then all of them are used. `--max_tokens 256 --tokenizer
 MODEL` trains on what a reward model of that max_length sees.
@@ -154,6 +154,22 @@ def leads(train: Sequence[Row], held_out: Sequence[Row], settings: Settings) -> 
     return (asked.matrix(columns) @ fit(seen.matrix(columns), settings.l2)).numpy()
 
 
+def leads_of(against: dict[str, Any]) -> list[float]:
+    """The leads that `alignfast eval` wrote: a reward model's, or the implicit rewards' of a policy.
+
+    >>> leads_of({"leads": {"implicit_reward": [0.5], "logps": [-1.0]}})
+    [0.5]
+    """
+    found = against["leads"]
+    if not isinstance(found, dict):
+        return found
+    if "implicit_reward" not in found:
+        raise SystemExit(
+            f"{against['name']}: a policy's own log-probs are no reward; evaluate it with --reference"
+        )
+    return found["implicit_reward"]
+
+
 def compare(folds: Sequence[Fold]) -> list[str]:
     """What is printed: the n-gram models' accuracy, and beside reward models' on the rows that those scored."""
     prompts: list[str] = []
@@ -165,7 +181,7 @@ def compare(folds: Sequence[Fold]) -> list[str]:
         prompts += [row["prompt"] for row in asked]
         word_hits.append(right(leads(train, asked, settings)))
         if against is not None:
-            model_hits.append(right(against["leads"]))
+            model_hits.append(right(leads_of(against)))
         lines.append(
             f"{len(train)} pairs to train on, {len(asked)} held out; "
             f"n-grams up to {settings.longest} words, {'counted' if settings.counted else 'noted once'}, l2 {settings.l2}"

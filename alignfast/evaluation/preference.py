@@ -55,6 +55,8 @@ class PreferenceReport:
         beta: factor of the implicit reward.
         margin: mean of the chosen answer's implicit reward over the rejected one's; None without a reference.
         accuracy: by measure.
+        rows: the number of each pair's row, from 0.
+        leads: by measure, of each pair the chosen answer's score less the rejected one's: to compare models pair by pair.
         subsets: by subset and measure, where the rows name subsets.
         sections: by section of RewardBench and measure; a section is there when all its subsets are.
     """
@@ -67,6 +69,8 @@ class PreferenceReport:
     beta: float
     margin: float | None
     accuracy: dict[str, Interval]
+    rows: list[int]
+    leads: dict[str, list[float]]
     subsets: dict[str, dict[str, Interval]] = field(default_factory=dict)
     sections: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -155,6 +159,8 @@ def preference_accuracy(
         beta=beta,
         margin=float(margins[IMPLICIT].mean()) if against is not None else None,
         accuracy=_accuracy(right, clusters, np.ones(len(prompts), np.bool_)),
+        rows=[int(i) for i in prepared.rows],
+        leads={measure: margin_N.tolist() for measure, margin_N in margins.items()},
         subsets=subsets,
         sections=_sections(subsets, counts),
     )

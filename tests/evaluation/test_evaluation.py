@@ -77,6 +77,9 @@ def test_accuracy_by_three_measures() -> None:
     assert report.accuracy["logps"].estimate == np.mean([c[0] > r[0] for c, r in own])
     assert report.accuracy["logps_per_token"].estimate == np.mean([c[0] / c[1] > r[0] / r[1] for c, r in own])
     assert report.margin == pytest.approx(np.mean(margins), rel=1e-4)
+    assert report.rows == list(range(40))
+    np.testing.assert_allclose(report.leads["implicit_reward"], margins, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(report.leads["logps"], [c[0] - r[0] for c, r in own], rtol=1e-4, atol=1e-5)
     assert len({interval.estimate for interval in report.accuracy.values()}) > 1  # the measures differ here
 
 
