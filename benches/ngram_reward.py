@@ -6,10 +6,13 @@
     python benches/ngram_reward.py --fold pairs_train.jsonl pairs_eval.jsonl eval.json
 
 where eval.json is what `alignfast eval --model MODEL --dataset pairs_eval.jsonl --output eval.json` wrote of a reward model,
-or of a policy, which then counts by its implicit reward; without it the n-grams stand alone. Several `--fold`, each with a reward model of its own, are cross-validation: the figures are those of
-all held-out rows together. Length of the n-grams, counts or mere presence, and l2 are those that are right most often in
-five-fold cross-validation by prompt on a fold's training rows; then all of them are used. `--max_tokens 256 --tokenizer
-MODEL` trains on what a reward model of that max_length sees.
+or of a policy, which then counts by its implicit reward; without it the n-grams stand alone. After several such files it is
+the mean of their rewards that counts: an ensemble. Several `--fold`, each with reward models of its own, are
+cross-validation: the figures are those of all held-out rows together.
+
+Length of the n-grams, counts or mere presence, and l2 are those that are right most often in five-fold cross-validation by
+prompt on a fold's training rows; then all of them are used. `--max_tokens 256 --tokenizer MODEL` trains on what a reward
+model of that max_length sees.
 
 Letters: N pairs, F features, E entries that are not 0.
 """
@@ -47,11 +50,11 @@ class Settings(NamedTuple):
 
 
 class Fold(NamedTuple):
-    """Rows to train on, rows held out, and what `alignfast eval` says of a reward model on some of those."""
+    """Rows to train on, rows held out, and what `alignfast eval` says of reward models on some of those."""
 
     train: Sequence[Row]
     held_out: Sequence[Row]
-    against: dict[str, Any] | None
+    against: Sequence[dict[str, Any]] = ()
 
 
 class Pairs(NamedTuple):
@@ -170,18 +173,33 @@ def leads_of(against: dict[str, Any]) -> list[float]:
     return found["implicit_reward"]
 
 
+def mean_leads(against: Sequence[dict[str, Any]]) -> NDArray[np.float64]:
+    """The leads by the mean reward of several models, which must have scored the same rows.
+
+    >>> print(mean_leads([{"rows": [0, 2], "leads": [0.5, -1.0]}, {"rows": [0, 2], "leads": [-0.1, -1.0]}]))
+    [ 0.2 -1. ]
+    """
+    for other in against[1:]:
+        if other["rows"] != against[0]["rows"]:
+            raise SystemExit(
+                f"{against[0]['model']} and {other['model']} scored other rows, so that their rewards have no mean: "
+                "evaluate them on one file with one --max_length"
+            )
+    return np.mean([leads_of(one) for one in against], axis=0)
+
+
 def compare(folds: Sequence[Fold]) -> list[str]:
     """What is printed: the n-gram models' accuracy, and beside reward models' on the rows that those scored."""
     prompts: list[str] = []
     word_hits, model_hits, lines = [], [], []
     for train, held_out, against in folds:
         settings = choose(train)
-        rows = range(len(held_out)) if against is None else against["rows"]
+        rows = against[0]["rows"] if against else range(len(held_out))
         asked = [held_out[i] for i in rows]
         prompts += [row["prompt"] for row in asked]
         word_hits.append(right(leads(train, asked, settings)))
-        if against is not None:
-            model_hits.append(right(leads_of(against)))
+        if against:
+            model_hits.append(right(mean_leads(against)))
         lines.append(
             f"{len(train)} pairs to train on, {len(asked)} held out; "
             f"n-grams up to {settings.longest} words, {'counted' if settings.counted else 'noted once'}, l2 {settings.l2}"
@@ -224,22 +242,21 @@ def main() -> None:
         action="append",
         required=True,
         metavar="FILE",
-        help="pairs to train on, pairs held out, and what `alignfast eval` of a reward model wrote about those",
+        help="pairs to train on, pairs held out, and what `alignfast eval` wrote about those, of one or more reward models",
     )
     parser.add_argument("--max_tokens", type=int, help="leave longer training rows out")
     parser.add_argument("--tokenizer", help="what counts those tokens")
     options = parser.parse_args()
     if (options.max_tokens is None) != (options.tokenizer is None):
         parser.error("--max_tokens and --tokenizer go together")
-    if {len(files) for files in options.fold} not in ({2}, {3}):
-        parser.error("each --fold takes two files, or each three: TRAIN HELD_OUT [EVAL]")
+    if min(map(len, options.fold)) < 2 or len({len(files) for files in options.fold}) > 1:
+        parser.error("each --fold takes as many files: TRAIN HELD_OUT [EVAL ...]")
     folds = []
-    for train_file, held_out_file, *eval_file in options.fold:
+    for train_file, held_out_file, *eval_files in options.fold:
         train, held_out = (list(load_rows(name)) for name in (train_file, held_out_file))
         if options.max_tokens is not None:
             train = no_longer(train, options.tokenizer, options.max_tokens)
-        against = json.loads(Path(eval_file[0]).read_text()) if eval_file else None
-        folds.append(Fold(train, held_out, against))
+        folds.append(Fold(train, held_out, [json.loads(Path(name).read_text()) for name in eval_files]))
     print("\n".join(compare(folds)))
 
 

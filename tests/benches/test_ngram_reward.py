@@ -79,10 +79,17 @@ def test_the_command(
     assert difference.startswith(f"their difference {gain:.3f} (95 %")
 
 
+@pytest.mark.parametrize("folds", [["a"], ["a", "b", "c", "--fold", "a", "b"]])
 def test_folds_with_and_without_a_reward_model_are_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folds: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["ngram_reward.py", "--fold", "a", "b", "c", "--fold", "a", "b"])
+    monkeypatch.setattr(sys, "argv", ["ngram_reward.py", "--fold", *folds])
     with pytest.raises(SystemExit):
         ngram_reward.main()
-    assert "each --fold takes two files, or each three" in capsys.readouterr().err
+    assert "each --fold takes as many files: TRAIN HELD_OUT [EVAL ...]" in capsys.readouterr().err
+
+
+def test_rewards_of_other_rows_have_no_mean() -> None:
+    against = [{"model": name, "rows": [row], "leads": [1.0]} for row, name in enumerate(("one", "two"))]
+    with pytest.raises(SystemExit, match="one and two scored other rows"):
+        ngram_reward.mean_leads(against)
