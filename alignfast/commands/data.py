@@ -15,7 +15,7 @@ class CheckOptions:
     action: str
     """`check`."""
     file: str
-    """A .jsonl or .parquet file, or a dataset's name on the hub."""
+    """A .jsonl, .json or .parquet file, or a dataset's name on the hub."""
 
 
 def run(command: str, argv: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ class EvalOptions:
     model: str
     """Folder or hub name of the model, or of adapters. A reward model is known by its class."""
     dataset: str
-    """A .jsonl or .parquet file, or a dataset's name. Pairs give preference accuracy (by `subset` where rows have that
+    """A .jsonl, .json or .parquet file, or a dataset's name. Pairs give preference accuracy (by `subset` where rows have that
     column, as RewardBench's do); texts, conversations, and prompts with completions give perplexity."""
     reference: str | None = None
     """Model that the implicit reward is measured against; for adapters, the model without them unless given."""

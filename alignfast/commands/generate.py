@@ -24,7 +24,7 @@ class GenerateOptions:
     prompt: str | None = None
     """One prompt. Give this or prompts."""
     prompts: str | None = None
-    """A .txt file with a prompt a line, or a .jsonl or .parquet file with a column `prompt`."""
+    """A .txt file with a prompt a line, or a .jsonl, .json or .parquet file with a column `prompt`."""
     output: str | None = None
     """Write to this .jsonl file; unless given, to standard output."""
     tokenizer: str | None = None

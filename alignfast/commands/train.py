@@ -27,7 +27,7 @@ class RunOptions:
     tokenizer: str | None = None
     """Folder or hub name of the tokenizer; the model's own unless given."""
     train_dataset: str | None = None
-    """A .jsonl or .parquet file, or a dataset's name on the hub. Must be given."""
+    """A .jsonl, .json or .parquet file, or a dataset's name on the hub. Must be given."""
     dataset_name: str | None = None
     """The same, under TRL's name."""
     eval_dataset: str | None = None

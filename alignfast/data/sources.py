@@ -97,7 +97,7 @@ def open_source(source: Source, split: str = "train") -> Opened:
     if isinstance(source, datasets.IterableDataset):
         hint = "; a streamed dataset has no known end: load it without streaming=True"
     raise TypeError(
-        "expected a .jsonl or .parquet file, a datasets.Dataset, a list of dicts or of (prompt, preferred, "
+        "expected a .jsonl, .json or .parquet file, a datasets.Dataset, a list of dicts or of (prompt, preferred, "
         f"dispreferred) tuples, or a dataset's name, got {type(source).__name__}{hint}"
     )
 
@@ -124,7 +124,8 @@ def _open_path(path: Path) -> Opened:
         raise DataError(f"{path}: there is no such file")
     if path.suffix not in _READERS:
         raise DataError(
-            f"{path}: can't read {path.suffix or 'a file without a suffix'}; expected .jsonl or .parquet"
+            f"{path}: can't read {path.suffix or 'a file without a suffix'}; expected .jsonl, .json or .parquet. "
+            "datasets.load_dataset reads more: give what it returns to a trainer, or its to_json('rows.jsonl')"
         )
     if path.suffix == ".json" and _holds_array(path):
         return Opened(str(path), "index", enumerate(_json_array(path)))
