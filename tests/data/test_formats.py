@@ -278,7 +278,7 @@ def test_sources_that_hold_nothing(source: Any, message: str) -> None:
 
 def test_other_suffixes_and_types_are_refused(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("prompt,completion\n")
-    with pytest.raises(DataError, match=r"can't read \.csv; expected \.jsonl or \.parquet"):
+    with pytest.raises(DataError, match=r"can't read \.csv; expected \.jsonl, \.json or \.parquet"):
         load_rows(tmp_path / "rows.csv")
     with pytest.raises(TypeError, match="got DatasetDict; pass one of its splits: test"):
         load_rows(datasets.DatasetDict({"test": datasets.Dataset.from_list([GOOD])}))  # type: ignore[arg-type]
