@@ -139,6 +139,17 @@ def test_lora_trains_adapters_alone(tmp_path: Path, model_dir: str) -> None:
     assert not (out / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    "option", [("--lora_r", "8"), ("--use_dora",), ("--lora_target_modules", "all-linear")]
+)
+def test_adapters_that_are_described_but_not_asked_for_are_refused(
+    option: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training all the weights in their place would be a surprise."""
+    words = ["dpo", "--model", "never-loaded", "--train_dataset", pairs_file(tmp_path), *option]
+    assert f"{option[0][2:]} is for adapters" in fails(capsys, 2, *words)
+
+
 def test_samples_before_and_after(tmp_path: Path, model_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     words = ["--model", model_dir, "--train_dataset", pairs_file(tmp_path), "--output_dir", str(out), *QUICK]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,8 +62,18 @@ class RunOptions:
 
     @property
     def peft_config(self) -> dict[str, Any] | None:
-        """LoraConfig's options, or None where the weights themselves are trained."""
+        """LoraConfig's options, or None where the weights themselves are trained.
+
+        Raises:
+            UsageError: adapters are described, but not asked for.
+        """
         if not self.use_peft:
+            for name in [field.name for field in fields(self) if field.name.startswith(("lora_", "use_"))]:
+                value = getattr(self, name)
+                if value != getattr(RunOptions, name):
+                    raise UsageError(
+                        f"{name} is for adapters, got {value!r} without --use_peft true: give that too, or leave it out"
+                    )
             return None
         return {
             "r": self.lora_r,
