@@ -98,7 +98,7 @@ def liger_fused_linear_dpo(
         "beta": beta,
         "loss_type": loss_type,
         "label_smoothing": smoothing,
-        "discopop_tau": discopop_tau,
+        **({"discopop_tau": discopop_tau} if loss_type == "discopop" else {}),
     }
     groups = [chosen + rejected for chosen, rejected in zip(lengths[::2], lengths[1::2])]
     pair_at = {sum(groups[:pair]): pair for pair in range(num_pairs, -1, -1)}  # empty pairs: the first wins

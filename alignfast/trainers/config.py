@@ -215,6 +215,7 @@ class TrainerConfig:
         self._choose("dtype", "float32", "bfloat16", "float16", "auto", None)
         self._choose("bnb_4bit_quant_type", *QUANT_TYPES)
         self._choose("bnb_4bit_compute_dtype", "float32", "bfloat16", "float16", None)
+        self._needs(self.load_in_4bit, "load_in_4bit", "bnb_4bit_", "use_bnb_nested_quant")
         self._require(not (self.load_in_4bit and self.fsdp), "fsdp", "off where load_in_4bit is on")
         self._require(not (self.bf16 and self.fp16), "bf16", "off where fp16 is on")
         if self.eval_strategy is None:
@@ -236,6 +237,15 @@ class TrainerConfig:
 
     def _choose(self, name: str, *choices: str | None) -> None:
         self._require(getattr(self, name) in choices, name, "one of " + ", ".join(map(str, choices)))
+
+    def _needs(self, holds: bool, what: str, *prefixes: str) -> None:
+        """Refuse options, whose names begin so, that shape what another one switches on, where that is off."""
+        for name in option_names(type(self)):
+            value = getattr(self, name)
+            if not holds and name.startswith(prefixes) and value != getattr(type(self), name):
+                raise ValueError(
+                    f"{name}={value!r} has no meaning without {what}: set that too, or leave it out"
+                )
 
     @property
     def folder(self) -> Path:

@@ -112,16 +112,16 @@ class OnPolicyConfig(TrainerConfig):
         for name in ("temperature", "reward_timeout", "vllm_server_timeout"):
             self._require(getattr(self, name) > 0, name, "above 0")
         self._choose("engine", *ENGINES)
-        for name in ("cuda_graphs", "decode_backend"):
-            fits = self.engine == "native" or getattr(self, name) is None
-            self._require(fits, name, "None where the engine is not native")
+        self._needs(self.engine == "native", "engine='native'", "cuda_graphs", "decode_backend")
         self._choose("vllm_importance_sampling_mode", *MODES)
         cap, floor = self.vllm_importance_sampling_clip_max, self.vllm_importance_sampling_clip_min
         self._require(cap is None or cap > 0, "vllm_importance_sampling_clip_max", "above 0, or None")
         fits = floor is None or 0 <= floor <= (math.inf if cap is None else cap)
         self._require(fits, "vllm_importance_sampling_clip_min", "between 0 and the cap, or None")
-        fits = (self.vllm_server_base_url is not None) == (self.engine == "vllm")
-        self._require(fits, "vllm_server_base_url", "given with engine='vllm', and only then")
+        fits = self.engine != "vllm" or self.vllm_server_base_url is not None
+        self._require(fits, "vllm_server_base_url", "given with engine='vllm'")
+        self._needs(self.engine == "vllm", "engine='vllm'", "vllm_")
+        self._needs(self.log_completions, "log_completions", "num_completions_to_print")
         accumulated = self.gradient_accumulation_steps
         self._require(
             self.micro_batches_per_draw % accumulated == 0,

@@ -103,6 +103,8 @@ class PPOConfig(OnPolicyConfig):
             self._require(value is None or value > 0, name, "above 0")
         self._require(self.beta == 0 or self.kl_coef == 0, "beta", "0 where kl_coef is not: one KL is enough")
         self._require(self.target_kl is None or self.kl_coef > 0, "target_kl", "None where kl_coef is 0")
+        self._needs(self.kl_coef > 0, "kl_coef above 0", "kl_estimator")
+        self._needs(self.target_kl is not None, "target_kl", "kl_horizon")
         policy_options(
             "ppo", **{name: value for name, value in self.loss_options.items() if name != "backend"}
         )

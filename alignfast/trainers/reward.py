@@ -43,6 +43,7 @@ class RewardConfig(TrainerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(self.num_heads >= 1, "num_heads", "at least 1")
+        self._needs(self.num_heads > 1, "num_heads of 2 or more", "bootstrap")
         coefficient = self.center_rewards_coefficient
         self._require(
             coefficient is None or coefficient >= 0, "center_rewards_coefficient", "at least 0, or None"

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+_SIMPO_GAMMA, _DISCOPOP_TAU, _ALPHA = 0.5, 0.05, 0.5
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 # Nats a token. Here float32 last tells a probability from 1; the log-odds of 1 itself are infinite, their slope
 # too, and two such completions would give inf - inf.
@@ -212,15 +213,16 @@ def preference_options(
     loss_weights: Sequence[float] | None = None,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
-    simpo_gamma: float = 0.5,
-    discopop_tau: float = 0.05,
+    simpo_gamma: float = _SIMPO_GAMMA,
+    discopop_tau: float = _DISCOPOP_TAU,
     f_divergence_type: str = "reverse_kl",
-    f_alpha_divergence_coef: float = 0.5,
+    f_alpha_divergence_coef: float = _ALPHA,
 ) -> PreferenceOptions:
     """Check the options of `preference_loss`, where they are described.
 
     Raises:
-        ValueError: a name is unknown, a number out of its range, or two options do not go together.
+        ValueError: a name is unknown, a number out of its range, two options do not go together, or one has no meaning
+            for the loss.
     """
     names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
     weights = (1.0,) * len(names) if loss_weights is None else tuple(loss_weights)
@@ -249,6 +251,13 @@ def preference_options(
         raise ValueError(
             f"{' + '.join(names)} is no loss of the margin alone, so f_divergence_type must be reverse_kl"
         )
+    for name, changed, applies in (
+        ("simpo_gamma", simpo_gamma != _SIMPO_GAMMA, "simpo"),
+        ("discopop_tau", discopop_tau != _DISCOPOP_TAU, "discopop"),
+        ("f_alpha_divergence_coef", f_alpha_divergence_coef != _ALPHA, "alpha_divergence"),
+    ):
+        if changed and applies not in (*names, f_divergence_type):
+            raise ValueError(f"{name} has no meaning for {' + '.join(names)}, only for {applies}")
     return PreferenceOptions(
         names,
         weights,

@@ -371,7 +371,7 @@ def test_decoding_by_flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_flash_attn_that_can_not_be_had_is_refused_before_anything_is_drawn() -> None:
     with pytest.raises(RuntimeError, match="backend='flash': flash-attn needs a CUDA tensor, got cpu"):
         make_engine("native", Policy(make_llama()), TOKENIZER, decode_backend="flash")
-    with pytest.raises(ValueError, match="decode_backend must be None where the engine is not native"):
+    with pytest.raises(ValueError, match=r"decode_backend=.* has no meaning without engine"):
         GRPOConfig(engine="transformers", decode_backend="flash")
 
 

@@ -131,5 +131,5 @@ def test_graphs_without_a_gpu_are_refused() -> None:
     with pytest.raises(ValueError, match="cuda_graphs=True needs a GPU, and the model is on cpu"):
         NativeEngine(Policy(make_llama()), TOKENIZER, cuda_graphs=True).generate(["the cat"], Sampling())
     assert GRPOConfig().cuda_graphs is None
-    with pytest.raises(ValueError, match="cuda_graphs must be None where the engine is not native"):
+    with pytest.raises(ValueError, match=r"cuda_graphs=.* has no meaning without engine"):
         GRPOConfig(engine="transformers", cuda_graphs=False)

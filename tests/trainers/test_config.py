@@ -76,6 +76,25 @@ def test_none_is_for_options_whose_default_it_is(name):
     assert GRPOConfig(steps_per_generation=None).micro_batches_per_draw == 1
 
 
+@pytest.mark.parametrize(
+    ("config", "options", "without"),
+    [
+        (alignfast.SFTConfig, {"bnb_4bit_quant_type": "fp4"}, "load_in_4bit"),
+        (alignfast.RewardConfig, {"bootstrap": False}, "num_heads of 2 or more"),
+        (alignfast.GRPOConfig, {"vllm_importance_sampling_clip_min": 0.5}, "engine='vllm'"),
+        (alignfast.GRPOConfig, {"engine": "transformers", "decode_backend": "flash"}, "engine='native'"),
+        (alignfast.GRPOConfig, {"num_completions_to_print": 3}, "log_completions"),
+        (alignfast.PPOConfig, {"kl_horizon": 5}, "target_kl"),
+        (alignfast.PPOConfig, {"kl_coef": 0.0, "kl_estimator": "k2"}, "kl_coef above 0"),
+    ],
+)
+def test_options_of_what_is_off_are_refused(config, options, without):
+    """Taken, they would not be obeyed."""
+    *_, name = options
+    with pytest.raises(ValueError, match=f"^{name}=.* has no meaning without {without}: "):
+        config(**options)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_options_without_a_counterpart_are_refused_with_the_reason(name):
     assert name not in {field.name for field in dataclasses.fields(SFTConfig)}

@@ -347,10 +347,9 @@ def test_a_step_without_a_trained_token_leaves_the_weights(tmp_path):
 @pytest.mark.parametrize(("off", "weight"), [(-0.1, math.exp(0.1)), (-2.0, 0.0)])
 def test_another_engines_tokens_are_weighed(tmp_path, off, weight):
     """Beyond the cap a token teaches the policy nothing; the critic learns from it all the same."""
-    trainer = make_trainer(
-        tmp_path, by_length, max_steps=1, vllm_importance_sampling_mode="token_mask", learning_rate=0.0,
-        max_grad_norm=0,
-    )  # fmt: skip
+    trainer = make_trainer(tmp_path, by_length, max_steps=1, learning_rate=0.0, max_grad_norm=0)
+    # refused beside an engine that is not vLLM's, in whose place one stands here
+    object.__setattr__(trainer.args, "vllm_importance_sampling_mode", "token_mask")
     before, gradients = trainer.before_training, {}
 
     def with_another_engine():
